@@ -1,0 +1,64 @@
+# `make help` lists the targets. Everything runs from the environment in .venv, which the first
+# target to need it creates. One stamp file says that it is complete: it is removed before an
+# installation starts and written after the installation has ended, so a killed one starts afresh.
+
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+BIN := $(VENV)/bin
+RUN := $(BIN)/python
+
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+export NO_MKDOCS_2_WARNING := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo zoo test fuzz lint fmt bench docs serve check clean
+
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## Create or update the environment in .venv
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "bilevel needs Python 3.11 or newer; name one with: make PYTHON=python3.11"; exit 1; }
+	if [ -f $@ ]; then rm $@; else $(PYTHON) -m venv --clear $(VENV); fi
+	$(RUN) -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev,docs,example,test]'
+	@touch $@
+
+demo: $(STAMP)  ## Train EchoIR with ASBLO on photographs (about 10 minutes on 2 cores)
+	$(RUN) examples/echoir/train.py
+
+zoo: $(STAMP)  ## Solve the test problems, print the table, write docs/zoo.md
+	$(RUN) benchmarks/zoo.py
+
+test: $(STAMP)  ## Run the tests
+	$(RUN) -m pytest
+
+fuzz: $(STAMP)  ## Run the property tests with fresh random examples, many of them
+	$(RUN) -m pytest -m hypothesis --hypothesis-profile=fuzz
+
+lint: $(STAMP)  ## Check style, types and layers
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+	$(RUN) -m pyright
+	$(BIN)/lint-imports
+
+fmt: $(STAMP)  ## Format the code, mend what ruff can mend
+	$(RUN) -m ruff check --fix
+	$(RUN) -m ruff format
+
+bench: $(STAMP)  ## Time the library against hand-written loops
+	$(RUN) benchmarks/bench.py
+
+docs: $(STAMP)  ## Build the documentation into site/
+	$(RUN) -m mkdocs build --strict
+
+serve: $(STAMP)  ## Serve the documentation on this machine, rebuilding as files change
+	$(RUN) -m mkdocs serve
+
+# Tests last, so that pytest's own line ends the output.
+check: lint docs test  ## lint + docs + test, as CI runs it
+
+clean:  ## Remove what was built, the environment too
+	rm -rf $(VENV) site build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
