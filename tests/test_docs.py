@@ -1,0 +1,80 @@
+"""The documentation is true: its Python runs, its reference is complete, its links lead somewhere.
+
+The blocks of a page run in order and share their names, as a reader would type them. A block that
+cannot run here says so to the reader in its first line: `# not run: REASON`.
+"""
+
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import bilevel
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted(
+    path.relative_to(ROOT)
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+    if path.name != "CHANGELOG.md"
+)
+BLOCK = re.compile(r"^```python(?P<options>[^\n]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+EXEMPT = re.compile(r"# not run: \S+")
+
+
+def python_blocks(page: Path) -> list[tuple[int, str]]:
+    """The Python blocks of a page, each with the number of its first line."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return [
+        (text.count("\n", 0, match.start("code")) + 1, match["code"])
+        for match in BLOCK.finditer(text)
+    ]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if python_blocks(p)], ids=str)
+def test_python_of_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "__main__"}
+    for line, code in python_blocks(page):
+        if EXEMPT.match(code):
+            continue
+        padded = "\n" * (line - 1) + code  # a traceback then shows the line of the page
+        exec(compile(padded, str(ROOT / page), "exec"), names)
+
+
+def public_names() -> list[str]:
+    """`bilevel.X` for the names of the package, `bilevel.m.X` for those of its public modules."""
+    found: list[str] = []
+    for name in bilevel.__all__:
+        item = getattr(bilevel, name)
+        if isinstance(item, ModuleType):
+            found += [f"bilevel.{name}.{part}" for part in item.__all__]
+        else:
+            found.append(f"bilevel.{name}")
+    return found
+
+
+@pytest.mark.parametrize("name", public_names())
+def test_public_name_stands_in_reference(name: str) -> None:
+    pages = "\n".join(p.read_text(encoding="utf-8") for p in (ROOT / "docs/reference").glob("*.md"))
+    assert re.search(rf"^::: {re.escape(name)}$", pages, re.MULTILINE), (
+        f"`{name}` is public and has no `::: {name}` on a line of its own in docs/reference/."
+    )
+
+
+@pytest.mark.parametrize("name", public_names())
+def test_public_name_has_docstring(name: str) -> None:
+    item: object = bilevel
+    for part in name.split(".")[1:]:
+        item = getattr(item, part)
+    assert not callable(item) or (getattr(item, "__doc__", None) or "").strip(), (
+        f"`{name}` is public and has no docstring."
+    )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_relative_links_of_page_lead_to_files(page: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text("utf-8"), flags=re.M | re.S)
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        if not re.match(r"[a-z]+:", target):
+            assert (ROOT / page.parent / target).exists(), f"{page} links to {target}: no such file"
