@@ -1,0 +1,133 @@
+"""First and second derivatives of scalar functions of trees; the only calls of torch.autograd.
+
+Gradients are reverse mode. Hessian-vector products go backward through the graph of the gradient,
+which is built once for a point and reused by every product: that works under autocast and through
+layers that have no forward-mode rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel import _tree
+from bilevel._errors import ObjectiveError
+from bilevel._types import Tree
+
+Function = Callable[..., Tensor]
+
+
+def _variables(trees: tuple[Tree, ...]) -> tuple[list[Tree], list[list[Tensor]]]:
+    if torch.is_inference_mode_enabled():
+        raise ObjectiveError(
+            "Gradients must be taken outside `torch.inference_mode()`, where they would silently be zero. "
+            "Got a call inside it. Leave that context, or use `torch.no_grad()`."
+        )
+    tracked = [_tree.map_leaves(lambda leaf: leaf.detach().requires_grad_(True), tree) for tree in trees]
+    return tracked, [_tree.leaves(tree) for tree in tracked]
+
+
+def _grad(output: Tensor, inputs: list[Tensor], **options: Any) -> list[Tensor]:
+    if not output.requires_grad:
+        return [torch.zeros_like(leaf) for leaf in inputs]
+    return list(torch.autograd.grad(output, inputs, materialize_grads=True, allow_unused=True, **options))
+
+
+def value(fun: Function, *trees: Tree) -> Tensor:
+    """`fun(*trees)` without a graph."""
+    with torch.no_grad():
+        return fun(*trees).detach()
+
+
+def value_and_grad(fun: Function, *trees: Tree, frozen: tuple[Tree, ...] = ()) -> tuple[Tensor, list[Tree]]:
+    """The value of `fun(*trees, *frozen)` and its gradient with respect to each of `trees`.
+
+    Args:
+        fun: Returns a scalar tensor.
+        *trees: The variables to differentiate by.
+        frozen: Further arguments, held constant.
+
+    Returns:
+        The value, 0-d, and one tree of gradients a variable; zeros where `fun` ignores a leaf.
+    """
+    with torch.enable_grad():
+        tracked, parts = _variables(trees)
+        output = fun(*tracked, *frozen)
+        flat = _grad(output, [leaf for group in parts for leaf in group])
+    grads: list[Tree] = []
+    for tree, group in zip(trees, parts, strict=True):
+        grads.append(_tree.unflatten_like(tree, flat[: len(group)]))
+        flat = flat[len(group) :]
+    return output.detach(), grads
+
+
+def unused_leaves(fun: Function, *trees: Tree) -> list[list[int]]:
+    """For each tree, the indices of the leaves that `fun(*trees)` does not depend on."""
+    with torch.enable_grad():
+        tracked, parts = _variables(trees)
+        output = fun(*tracked)
+        if not output.requires_grad:
+            return [list(range(len(group))) for group in parts]
+        flat = torch.autograd.grad(output, [leaf for group in parts for leaf in group], allow_unused=True)
+    missing = iter([grad is None for grad in flat])  # pyright: ignore[reportUnnecessaryComparison]
+    return [[i for i in range(len(group)) if next(missing)] for group in parts]
+
+
+class LinearizedGradient:
+    """The gradient of `fun(x, y)` in y at a point, ready for any number of products.
+
+    The graph of the gradient is built once; each product is one backward pass through it.
+
+    Attributes:
+        value: `fun(x, y)`, 0-d.
+        grad: The gradient in y, a vector of shape (n,).
+    """
+
+    def __init__(self, fun: Function, x: Tensor, y: Tensor) -> None:
+        with torch.enable_grad():
+            tracked, _ = _variables((x, y))
+            self._x, self._y = tracked
+            output = fun(self._x, self._y)
+            if output.requires_grad:
+                (self._grad,) = torch.autograd.grad(
+                    output, (self._y,), create_graph=True, allow_unused=True, materialize_grads=True
+                )
+            else:
+                self._grad = torch.zeros_like(y)
+        self.value = output.detach()
+        self.grad = self._grad.detach()
+
+    def _product(self, wrt: Tensor, cotangent: Tensor) -> Tensor:
+        return _grad_of_vector(self._grad, wrt, cotangent)
+
+    def hvp(self, vector: Tensor) -> Tensor:
+        """The Hessian in y times `vector`, shape (n,)."""
+        return self._product(self._y, vector)
+
+    def mixed_vjp(self, vector: Tensor) -> Tensor:
+        """The derivative in x of `grad_y fun . vector`, the shape of x."""
+        return self._product(self._x, vector)
+
+    def hessian(self) -> Tensor:
+        """The Hessian in y, symmetrized, shape (n, n): n products, in one batch where torch can."""
+        n = self._y.numel()
+        identity = torch.eye(n, dtype=self._y.dtype, device=self._y.device)
+        if not self._grad.requires_grad:
+            return torch.zeros_like(identity)
+        try:
+            rows = _grad_of_vector(self._grad, self._y, identity, is_grads_batched=True)
+        except RuntimeError:  # an operator without a batching rule: one product at a time
+            rows = torch.stack([self.hvp(row) for row in identity])
+        return 0.5 * (rows + rows.T)
+
+
+def _grad_of_vector(output: Tensor, wrt: Tensor, cotangent: Tensor, **options: Any) -> Tensor:
+    if not output.requires_grad:
+        return torch.zeros_like(wrt)
+    (product,) = torch.autograd.grad(
+        output, (wrt,), cotangent, retain_graph=True, allow_unused=True, materialize_grads=True, **options
+    )
+    return product

@@ -1,0 +1,111 @@
+"""The two objectives of a problem on one batch, every evaluation counted."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor
+
+from bilevel import _autodiff
+from bilevel._autodiff import LinearizedGradient
+from bilevel._problem import BilevelProblem, samples, scalar, split_data
+from bilevel._solution import Evaluations
+from bilevel._types import Tree
+
+
+class Oracle:
+    """Values, gradients and curvature of F and f on fixed data.
+
+    Attributes:
+        problem: The problem whose objectives are evaluated.
+        losses: The losses by sample of the last evaluation of f, shape (n,), where the problem is
+            `per_sample`; else None.
+    """
+
+    def __init__(self, problem: BilevelProblem, data: Any = None) -> None:
+        self.problem = problem
+        self.losses: Tensor | None = None
+        self._data = split_data(data)
+        self._counts = asdict(Evaluations())
+
+    @property
+    def evaluations(self) -> Evaluations:
+        """What was evaluated since this oracle was made."""
+        return Evaluations(**self._counts)
+
+    def _upper(self, x: Tree, y: Tree) -> Tensor:
+        self._counts["upper"] += 1
+        return scalar(self.problem.upper(x, y, self._data.upper), "upper")
+
+    def _lower(self, x: Tree, y: Tree) -> Tensor:
+        self._counts["lower"] += 1
+        value = self.problem.lower(x, y, self._data.lower)
+        if not self.problem.per_sample:
+            return scalar(value, "lower")
+        losses = samples(value)
+        self.losses = losses.detach()
+        return losses.mean()
+
+    def upper(self, x: Tree, y: Tree) -> Tensor:
+        """F(x, y), 0-d."""
+        return _autodiff.value(self._upper, x, y)
+
+    def lower(self, x: Tree, y: Tree) -> Tensor:
+        """f(x, y), 0-d."""
+        return _autodiff.value(self._lower, x, y)
+
+    def upper_grad(self, x: Tree, y: Tree) -> tuple[Tensor, Tree, Tree]:
+        """F(x, y) and its gradients in x and in y, from one backward pass."""
+        self._counts["upper_grad"] += 1
+        value, (grad_x, grad_y) = _autodiff.value_and_grad(self._upper, x, y)
+        return value, grad_x, grad_y
+
+    def lower_grad(self, x: Tree, y: Tree) -> tuple[Tensor, Tree, Tree]:
+        """f(x, y) and its gradients in x and in y, from one backward pass."""
+        self._counts["lower_grad"] += 1
+        value, (grad_x, grad_y) = _autodiff.value_and_grad(self._lower, x, y)
+        return value, grad_x, grad_y
+
+    def upper_grad_y(self, x: Tree, y: Tree) -> tuple[Tensor, Tree]:
+        """F(x, y) and its gradient in y alone."""
+        self._counts["upper_grad"] += 1
+        value, (grad_y,) = _autodiff.value_and_grad(lambda v: self._upper(x, v), y)
+        return value, grad_y
+
+    def lower_grad_y(self, x: Tree, y: Tree) -> tuple[Tensor, Tree]:
+        """f(x, y) and its gradient in y alone."""
+        self._counts["lower_grad"] += 1
+        value, (grad_y,) = _autodiff.value_and_grad(lambda v: self._lower(x, v), y)
+        return value, grad_y
+
+    def linearized(self, x: Tensor, y: Tensor, *, upper: float = 0.0, lower: float = 1.0) -> CountedGradient:
+        """The gradient in y of `upper * F + lower * f` at vectors x and y, with its products."""
+
+        def weighted(u: Tensor, v: Tensor) -> Tensor:
+            terms = [w * fun(u, v) for w, fun in ((upper, self._upper), (lower, self._lower)) if w != 0.0]
+            return terms[0] if len(terms) == 1 else terms[0] + terms[1]
+
+        self._counts["upper_grad"] += int(upper != 0.0)
+        self._counts["lower_grad"] += int(lower != 0.0)
+        return CountedGradient(LinearizedGradient(weighted, x, y), self._counts)
+
+
+class CountedGradient:
+    """A `LinearizedGradient` whose products are counted: n for a Hessian of n columns."""
+
+    def __init__(self, linear: LinearizedGradient, counts: dict[str, int]) -> None:
+        self._linear, self._counts = linear, counts
+        self.value, self.grad = linear.value, linear.grad
+
+    def hvp(self, vector: Tensor) -> Tensor:
+        self._counts["hvp"] += 1
+        return self._linear.hvp(vector)
+
+    def mixed_vjp(self, vector: Tensor) -> Tensor:
+        self._counts["hvp"] += 1
+        return self._linear.mixed_vjp(vector)
+
+    def hessian(self) -> Tensor:
+        self._counts["hvp"] += self.grad.numel()
+        return self._linear.hessian()

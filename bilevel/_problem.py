@@ -1,0 +1,218 @@
+"""What a user states: two objectives, their constraints, and the data of one step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bilevel import _tree
+from bilevel._errors import ObjectiveError, StructureError
+from bilevel._types import Objective, Projection, Tree
+
+
+class Batch(NamedTuple):
+    """The data of one step, one part a level: D_val and D_tr of hyperparameter search.
+
+    `upper` is passed to the upper objective and constraint, `lower` to the lower ones. Anything
+    that is not a `Batch` is passed to both levels as it is.
+
+    Attributes:
+        upper: The third argument of `BilevelProblem.upper`.
+        lower: The third argument of `BilevelProblem.lower`.
+
+    Example:
+        >>> Batch(upper=1, lower=2).lower
+        2
+    """
+
+    upper: Any = None
+    lower: Any = None
+
+
+@dataclass(frozen=True)
+class Box:
+    """The set `low <= x <= high`; calling it projects a tree of tensors onto the set.
+
+    Attributes:
+        low: Lower bound: a number, a tensor that broadcasts to x, or a tree like x. `-inf` is allowed.
+        high: Upper bound, likewise. `+inf` is allowed.
+
+    Raises:
+        ValueError: A number `low` lies above the number `high`, or one of them is NaN.
+
+    Example:
+        >>> Box(0.0, 1.0)(torch.tensor([-2.0, 0.5, 2.0]))
+        tensor([0.0000, 0.5000, 1.0000])
+    """
+
+    low: Tree = -float("inf")
+    high: Tree = float("inf")
+
+    def __post_init__(self) -> None:
+        lows, highs = _tree.leaves(self.low), _tree.leaves(self.high)
+        for low, high in zip(lows * len(highs), highs * len(lows), strict=False):
+            if not bool(torch.all(torch.as_tensor(low) <= torch.as_tensor(high))):
+                raise ValueError(
+                    f"`Box(low=..., high=...)` must have low <= high. Got low={low}, high={high}. Swap or widen the bounds."
+                )
+
+    def __call__(self, x: Tree) -> Tree:
+        return _tree.map_leaves(
+            lambda leaf, low, high: torch.maximum(torch.minimum(leaf, high), low), x, *self.bounds(x)
+        )
+
+    def bounds(self, x: Tree) -> tuple[Tree, Tree]:
+        """The two bounds as trees of tensors with the structure and shapes of `x`."""
+        return _spread(self.low, x, "low"), _spread(self.high, x, "high")
+
+
+def _spread(bound: Tree, x: Tree, name: str) -> Tree:
+    parts = _tree.leaves(bound)
+    targets = _tree.leaves(x)
+    if len(parts) == 1:
+        parts = parts * len(targets)
+    if len(parts) != len(targets):
+        raise StructureError(
+            f"`Box({name}=...)` must be a number, a tensor, or a tree like x with {len(targets)} leaves. "
+            f"Got {len(parts)} leaves. Give one bound for each leaf of x."
+        )
+    try:
+        spread = [
+            torch.as_tensor(part, dtype=leaf.dtype, device=leaf.device).expand(leaf.shape)
+            for part, leaf in zip(parts, targets, strict=True)
+        ]
+    except RuntimeError as error:
+        raise StructureError(
+            f"`Box({name}=...)` must broadcast to the shape of x. Got {[tuple(torch.as_tensor(p).shape) for p in parts]} "
+            f"for x of {[tuple(t.shape) for t in targets]}. Use a number or the shape of x."
+        ) from error
+    return _tree.unflatten_like(x, spread)
+
+
+@dataclass(frozen=True)
+class BilevelProblem:
+    r"""A bi-level problem as two functions.
+
+    $$\min_x F(x, y) \quad\text{subject to}\quad y \in \arg\min_{y'} \{ f(x, y') : h(x, y') \le 0 \},
+    \quad H(x, y) \le 0, \quad x \in B.$$
+
+    The lower solution set may hold many points, and f need not be convex in y.
+
+    Attributes:
+        upper: F, called as `upper(x, y, data)`; returns a scalar tensor.
+        lower: f, called as `lower(x, y, data)`; returns a scalar tensor.
+        upper_constraint: H, called as `upper_constraint(x, y, data)`; returns a tensor, feasible where `<= 0`.
+        lower_constraint: h, likewise.
+        domain: Projects x onto B: a `Box`, or any callable from a tree like x to a tree like x.
+        per_sample: If true, `lower` returns one loss a sample, shape (n,), and f is their mean.
+            Solvers then form the difference f(x, y) - f(x, z) sample by sample, which keeps its
+            digits in float32 where the difference of two means loses them.
+
+    Raises:
+        TypeError: One of the functions is not callable.
+
+    Example:
+        >>> problem = BilevelProblem(
+        ...     upper=lambda x, y, data: ((y - 1.0) ** 2).sum() + 0.1 * (x**2).sum(),
+        ...     lower=lambda x, y, data: ((y - 2.0 * x) ** 2).sum(),
+        ... )
+        >>> problem.lower(torch.ones(3), torch.zeros(3), None)
+        tensor(12.)
+    """
+
+    upper: Objective
+    lower: Objective
+    upper_constraint: Objective | None = field(default=None, kw_only=True)
+    lower_constraint: Objective | None = field(default=None, kw_only=True)
+    domain: Projection | None = field(default=None, kw_only=True)
+    per_sample: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        for name in ("upper", "lower", "upper_constraint", "lower_constraint", "domain"):
+            part = getattr(self, name)
+            if not (callable(part) or (part is None and name not in ("upper", "lower"))):
+                raise TypeError(
+                    f"`BilevelProblem({name}=...)` must be callable. Got {type(part).__name__}. "
+                    f"Pass a function {'of x' if name == 'domain' else 'of (x, y, data)'}."
+                )
+
+
+def split_data(data: Any) -> Batch:
+    """The data of each level: the parts of a `Batch`, or the same thing for both."""
+    return data if isinstance(data, Batch) else Batch(upper=data, lower=data)
+
+
+def ravel(
+    problem: BilevelProblem, x: Tree, y: Tree
+) -> tuple[BilevelProblem, tuple[Tensor, Tensor], Callable[[Tensor], Tree], Callable[[Tensor], Tree]]:
+    """The same problem over two vectors, for the solvers that work with matrices.
+
+    Returns:
+        The problem over vectors, the vectors of `x` and `y`, and the functions that put a vector
+        back into a tree like `x` and like `y`.
+    """
+    x_vector, unravel_x = _tree.ravel(x)
+    y_vector, unravel_y = _tree.ravel(y)
+
+    def over_vectors(fun: Objective | None) -> Any:
+        return fun and (lambda u, v, data: fun(unravel_x(u), unravel_y(v), data))
+
+    domain = problem.domain
+    if isinstance(domain, Box):
+        low, high = domain.bounds(x)
+        domain = Box(_tree.ravel(low)[0], _tree.ravel(high)[0])
+    elif domain is not None:
+        domain = _over_vectors(domain, x, unravel_x)
+    flat = BilevelProblem(
+        over_vectors(problem.upper),
+        over_vectors(problem.lower),
+        upper_constraint=over_vectors(problem.upper_constraint),
+        lower_constraint=over_vectors(problem.lower_constraint),
+        domain=domain,
+        per_sample=problem.per_sample,
+    )
+    return flat, (x_vector, y_vector), unravel_x, unravel_y
+
+
+def _over_vectors(project: Projection, x: Tree, unravel: Callable[[Tensor], Tree]) -> Projection:
+    def projected(vector: Tensor) -> Tensor:
+        image = project(unravel(vector))
+        _tree.check_like(image, x, "BilevelProblem(domain=...)(x)")
+        return _tree.ravel(image)[0]
+
+    return projected
+
+
+def scalar(value: Any, name: str) -> Tensor:
+    """`value` if it is a scalar floating tensor.
+
+    Raises:
+        ObjectiveError: It is not; the message names the function and the mend.
+    """
+    rule = f"`BilevelProblem({name}=...)` must return a scalar tensor."
+    if not isinstance(value, Tensor):
+        raise ObjectiveError(f"{rule} Got {type(value).__name__}. Compute it with torch, and return the tensor.")
+    if value.numel() != 1:
+        raise ObjectiveError(f"{rule} Got shape {tuple(value.shape)}. Reduce it, e.g. with `.sum()`.")
+    if not value.is_floating_point():
+        raise ObjectiveError(f"{rule} Got dtype {value.dtype}. Convert it, e.g. with `.double()`.")
+    return value.reshape(())
+
+
+def samples(value: Any) -> Tensor:
+    """`value` if it is a vector of losses, as `per_sample=True` promises.
+
+    Raises:
+        ObjectiveError: It is not a floating tensor of one dimension.
+    """
+    if not isinstance(value, Tensor) or value.dim() != 1 or value.numel() == 0 or not value.is_floating_point():
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ObjectiveError(
+            "`BilevelProblem(lower=..., per_sample=True)` must return one loss a sample, shape (n,). "
+            f"Got {got}. Drop the reduction, or `per_sample=True`."
+        )
+    return value

@@ -1,0 +1,199 @@
+"""What a solver returns: the state of a run, its answer, and how good the answer is."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from torch import Tensor
+
+from bilevel._errors import (
+    BilevelError,
+    InfeasibleError,
+    NonFiniteError,
+    UnboundedError,
+)
+from bilevel._types import Tree
+
+
+class Status(enum.Enum):
+    """How a run stands; the value is the message.
+
+    `RUNNING`, `CONVERGED`, `MAX_STEPS` and `STOPPED` are no failures. Each other status is one:
+    `solve(..., throw=True)` raises its error.
+    """
+
+    RUNNING = "the run goes on"
+    CONVERGED = "the tolerances are met"
+    MAX_STEPS = "the number of steps, or the batches, ran out before the tolerances were met"
+    STOPPED = "the callback asked to stop"
+    STALLED = "no step makes progress any more, and the tolerances are not met"
+    NONFINITE = "an objective or a gradient became NaN or infinite; the variables are the last finite ones"
+    INFEASIBLE = "no strictly feasible point of the barrier was found"
+    LOWER_UNBOUNDED = "the lower objective decreases without bound in y, so the lower problem has no solution"
+    LOWER_UNSOLVED = "the lower problem was not solved to its tolerance, so the hypergradient is not to be trusted"
+
+    @property
+    def is_failure(self) -> bool:
+        """Whether the run ended without an answer to be trusted."""
+        return self not in (Status.RUNNING, Status.CONVERGED, Status.MAX_STEPS, Status.STOPPED)
+
+    def error(self, message: str) -> BilevelError:
+        """The error that a failure becomes under `throw=True`."""
+        kinds: dict[Status, type[BilevelError]] = {
+            Status.NONFINITE: NonFiniteError,
+            Status.INFEASIBLE: InfeasibleError,
+            Status.LOWER_UNBOUNDED: UnboundedError,
+        }
+        return kinds.get(self, BilevelError)(message)
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """How often the objectives were called. A gradient's own forward pass counts as a value too.
+
+    Attributes:
+        upper: Evaluations of F.
+        lower: Evaluations of f.
+        upper_grad: Backward passes through F.
+        lower_grad: Backward passes through f.
+        hvp: Products with a second derivative; a dense n x n Hessian counts n.
+
+    Example:
+        >>> Evaluations(upper=1, upper_grad=1) + Evaluations(upper=2)
+        Evaluations(upper=3, lower=0, upper_grad=1, lower_grad=0, hvp=0)
+    """
+
+    upper: int = 0
+    lower: int = 0
+    upper_grad: int = 0
+    lower_grad: int = 0
+    hvp: int = 0
+
+    def __add__(self, other: Evaluations) -> Evaluations:
+        return Evaluations(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    @property
+    def gradients(self) -> int:
+        """Backward passes through F and f together."""
+        return self.upper_grad + self.lower_grad
+
+
+@dataclass(frozen=True)
+class State:
+    """All there is of a run: saving it is a checkpoint, and going on from it equals never having stopped.
+
+    Attributes:
+        x: The upper variable.
+        y: The lower variable.
+        step: Number of upper steps done.
+        status: `RUNNING` until the solver ends the run.
+        metrics: What the solver measured in this step, floats or 0-d tensors by name.
+        memory: What the solver carries to the next step: tensors and plain numbers, its own business.
+        evaluations: Calls of the objectives since the start.
+        message: Why the run ended, with the numbers; empty while it goes on.
+    """
+
+    x: Tree
+    y: Tree
+    step: int = 0
+    status: Status = Status.RUNNING
+    metrics: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    memory: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    evaluations: Evaluations = Evaluations()
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """How good an answer is, found by means of its own and not by those of the solver.
+
+    Attributes:
+        value_gap: `f(x, y) - min f(x, .)`, zero where y solves the lower problem.
+        lower_gradient: Norm of the gradient of f in y.
+        hypergradient: Norm of the projected implicit hypergradient, or None where the lower
+            Hessian is singular, so that there is no such gradient.
+        upper_violation: Largest entry of `H(x, y)`, or 0.
+        lower_violation: Largest entry of `h(x, y)`, or 0.
+        domain_violation: Distance of x from its domain.
+        lower_curvature: Smallest eigenvalue of the lower Hessian, or None where it was not computed.
+        assumptions: What was assumed and not tested, in sentences.
+        evaluations: What the certificate itself cost.
+    """
+
+    value_gap: float
+    lower_gradient: float
+    hypergradient: float | None
+    upper_violation: float
+    lower_violation: float
+    domain_violation: float
+    lower_curvature: float | None
+    assumptions: tuple[str, ...]
+    evaluations: Evaluations
+
+    def __str__(self) -> str:
+        rows = [(f.name.replace("_", " "), _show(getattr(self, f.name))) for f in fields(self)[:-2]]
+        lines = table(rows)
+        return "\n".join([lines, *(f"assumed: {sentence}" for sentence in self.assumptions)])
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The answer of a run; prints as a table.
+
+    Attributes:
+        x: The upper variable.
+        y: The lower variable.
+        status: How the run ended.
+        upper: F(x, y) at the answer, on the last batch.
+        lower: f(x, y) at the answer, on the last batch.
+        steps: Upper steps done.
+        evaluations: Calls of the objectives by the solver.
+        seconds: Wall-clock time of the run, without the certificate.
+        certificate: How good the answer is, or None for a run on batches (`certify` makes one).
+        state: The last state; `iterate(..., state=state)` goes on from it.
+        message: Why the run ended, with the numbers.
+    """
+
+    x: Tree
+    y: Tree
+    status: Status
+    upper: float
+    lower: float
+    steps: int
+    evaluations: Evaluations
+    seconds: float
+    certificate: Certificate | None
+    state: State
+    message: str = ""
+
+    def __str__(self) -> str:
+        count = self.evaluations
+        rows = [
+            ("status", f"{self.status.name}: {self.message or self.status.value}"),
+            ("F(x, y)", _show(self.upper)),
+            ("f(x, y)", _show(self.lower)),
+        ]
+        if self.certificate is not None:
+            rows += [
+                ("value gap", _show(self.certificate.value_gap)),
+                ("hypergradient norm", _show(self.certificate.hypergradient)),
+            ]
+        rows += [
+            ("steps", str(self.steps)),
+            ("evaluations", f"F {count.upper}, f {count.lower}, gradients {count.gradients}, HVPs {count.hvp}"),
+            ("seconds", f"{self.seconds:.3g}"),
+        ]
+        return table(rows)
+
+
+def _show(value: Tensor | float | None) -> str:
+    return "not available" if value is None else f"{float(value):.6g}"
+
+
+def table(rows: list[tuple[str, str]]) -> str:
+    """Two aligned columns of text."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)

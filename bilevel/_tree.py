@@ -1,0 +1,151 @@
+"""Vector-space operations on trees of tensors; the only place that knows the tree library.
+
+A tree is a tensor, or nested dicts, lists and tuples of tensors. The operations read like the
+algebra: `axpy(a, x, y)` is `a x + y`, `vdot(x, y)` is the inner product over all leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import optree
+import torch
+from torch import Tensor
+
+from bilevel._errors import StructureError
+from bilevel._types import Tree
+
+
+def leaves(tree: Tree) -> list[Tensor]:
+    """The tensors of a tree, in a fixed order (dictionaries by sorted key)."""
+    return [tree] if isinstance(tree, Tensor) else cast("list[Tensor]", optree.tree_leaves(tree))
+
+
+def unflatten_like(tree: Tree, new_leaves: Sequence[Any]) -> Tree:
+    """A tree with the structure of `tree` and the given leaves."""
+    if isinstance(tree, Tensor):
+        return new_leaves[0]
+    return optree.tree_unflatten(optree.tree_structure(tree), new_leaves)
+
+
+def map_leaves(fun: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
+    """`fun` applied leaf by leaf."""
+    return unflatten_like(tree, [fun(*group) for group in zip(leaves(tree), *map(leaves, rest), strict=True)])
+
+
+def names(tree: Tree) -> list[str]:
+    """The path of each leaf, as a user would write it: `['w']`, `[0]`, or `` for a lone tensor."""
+    if isinstance(tree, Tensor):
+        return [""]
+    return ["".join(f"[{key!r}]" for key in path) for path in optree.tree_paths(tree)]
+
+
+def detach(tree: Tree) -> Tree:
+    """The same values in new tensors that share no memory and no graph with `tree`."""
+    return map_leaves(lambda leaf: leaf.detach().clone(), tree)
+
+
+def zeros_like(tree: Tree) -> Tree:
+    """Zeros of the structure, shapes, dtypes and devices of `tree`."""
+    return map_leaves(torch.zeros_like, tree)
+
+
+def size(tree: Tree) -> int:
+    """The number of entries of all leaves."""
+    return sum(leaf.numel() for leaf in leaves(tree))
+
+
+def vdot(left: Tree, right: Tree) -> Tensor:
+    """The inner product over all leaves, a 0-d tensor."""
+    products = [
+        torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in zip(leaves(left), leaves(right), strict=True)
+    ]
+    return torch.stack(products).sum() if len(products) > 1 else products[0]
+
+
+def norm(tree: Tree) -> Tensor:
+    """The Euclidean norm over all leaves, a 0-d tensor."""
+    parts = leaves(tree)
+    if len(parts) == 1:
+        return torch.linalg.vector_norm(parts[0])
+    return torch.linalg.vector_norm(torch.stack(cast("list[Tensor]", torch._foreach_norm(parts))))  # pyright: ignore[reportPrivateUsage]
+
+
+def axpy(scale: float | Tensor, left: Tree, right: Tree) -> Tree:
+    """`scale * left + right`."""
+    return map_leaves(lambda a, b: torch.add(b, a * scale), left, right)
+
+
+def is_finite(tree: Tree) -> bool:
+    """Whether no leaf holds a NaN or an infinity."""
+    return all(bool(torch.isfinite(leaf).all()) for leaf in leaves(tree))
+
+
+def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
+    """One vector of all entries, and the function that puts such a vector back into the tree.
+
+    The function keeps the graph: gradients flow from the tree to the vector. Leaves of several
+    dtypes meet in the widest of them and return to their own.
+    """
+    parts = leaves(tree)
+    if len(parts) == 1 and parts[0].dim() == 1 and parts[0] is tree:
+        return parts[0], lambda vector: vector
+    dtype = parts[0].dtype
+    for leaf in parts[1:]:
+        dtype = torch.promote_types(dtype, leaf.dtype)
+    shapes = [leaf.shape for leaf in parts]
+    dtypes = [leaf.dtype for leaf in parts]
+    sizes = [leaf.numel() for leaf in parts]
+
+    def unravel(vector: Tensor) -> Tree:
+        pieces = [vector] if len(sizes) == 1 else vector.split(sizes)
+        return unflatten_like(
+            tree, [p.view(s).to(d) for p, s, d in zip(pieces, shapes, dtypes, strict=True)]
+        )
+
+    return torch.cat([leaf.reshape(-1).to(dtype) for leaf in parts]), unravel
+
+
+def check_variable(tree: Tree, where: str) -> None:
+    """Raises unless `tree` holds at least one tensor and every leaf is a floating tensor.
+
+    Args:
+        tree: What the user passed as a variable.
+        where: How to name it in the error, e.g. ``"x0"``.
+
+    Raises:
+        StructureError: No leaf, a leaf that is no tensor, or a leaf that is not floating. (A NaN
+            is a state of the numbers, not of the structure: solvers report it as a `Status`.)
+    """
+    parts = leaves(tree)
+    if not parts:
+        raise StructureError(
+            f"`{where}` must hold at least one tensor. Got an empty tree: {tree!r}. "
+            "Pass a tensor, or dicts, lists and tuples of tensors."
+        )
+    for name, leaf in zip(names(tree), parts, strict=True):
+        if not isinstance(leaf, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise StructureError(
+                f"`{where}{name}` must be a tensor. Got {type(leaf).__name__}. Wrap it, e.g. with `torch.tensor(...)`."
+            )
+        if not leaf.is_floating_point():
+            raise StructureError(
+                f"`{where}{name}` must be a floating-point tensor. Got dtype {leaf.dtype}. "
+                "Convert it, e.g. with `.to(torch.float64)`."
+            )
+
+
+def check_like(tree: Tree, reference: Tree, where: str) -> None:
+    """Raises unless `tree` has the structure, shapes and dtypes of `reference`."""
+    if names(tree) != names(reference):
+        raise StructureError(
+            f"`{where}` must have the structure {names(reference)}. Got {names(tree)}. "
+            "Return a tree like the one that was passed in."
+        )
+    for name, leaf, other in zip(names(tree), leaves(tree), leaves(reference), strict=True):
+        if leaf.shape != other.shape or leaf.dtype != other.dtype:
+            raise StructureError(
+                f"`{where}{name}` must have shape {tuple(other.shape)} and dtype {other.dtype}. "
+                f"Got {tuple(leaf.shape)} and {leaf.dtype}. Return a tree like the one that was passed in."
+            )
