@@ -1,0 +1,82 @@
+"""What solves `A v = b` where A is known by its products alone."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bilevel import _tree
+from bilevel._errors import StructureError
+from bilevel._types import Tree
+
+
+class LinearSolver(ABC):
+    """Solves `matvec(v) = b`.
+
+    Example:
+        >>> from bilevel.linear import CG, Dense
+        >>> isinstance(CG(), LinearSolver) and isinstance(Dense(), LinearSolver)
+        True
+    """
+
+    @abstractmethod
+    def solve(self, matvec: Callable[[Tree], Tree], b: Tree, v0: Tree | None = None) -> Tree:
+        """The v with `matvec(v) = b`, as near as the solver gets.
+
+        A solver that stops early returns its best iterate: whoever needs to know how good it is
+        measures the residual `b - matvec(v)`.
+
+        Args:
+            matvec: The product of the matrix with a tree like `b`; linear.
+            b: The right-hand side: a tensor or a tree of tensors.
+            v0: Where an iterative solver starts, like `b`; zero if left out.
+
+        Returns:
+            A new tree like `b`, without a graph.
+
+        Raises:
+            StructureError: `v0` or a product is not like `b`.
+        """
+
+
+@dataclass(frozen=True)
+class System:
+    """The same equation over one vector, in float32 or wider.
+
+    Attributes:
+        matvec: The product with a vector of shape (n,).
+        b: The right-hand side, shape (n,).
+        v0: The start, shape (n,), or None.
+        restore: Puts a vector back into a tree like the given right-hand side.
+    """
+
+    matvec: Callable[[Tensor], Tensor]
+    b: Tensor
+    v0: Tensor | None
+    restore: Callable[[Tensor], Tree]
+
+
+def system(matvec: Callable[[Tree], Tree], b: Tree, v0: Tree | None) -> System:
+    """The equation over vectors; half-precision products are summed up in float32."""
+    vector, unravel = _tree.ravel(b)
+    dtype, n = vector.dtype, vector.numel()
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def product(v: Tensor) -> Tensor:
+        image = _tree.ravel(matvec(unravel(v.to(dtype))))[0].detach()
+        if image.numel() != n:
+            raise StructureError(
+                f"`matvec(v)` must be like `b`, which has {n} entries. Got {image.numel()}. "
+                "Return the product with a square matrix."
+            )
+        return image.to(wide)
+
+    start = None
+    if v0 is not None:
+        _tree.check_like(v0, b, "v0")
+        start = _tree.ravel(v0)[0].detach().to(wide, copy=True)
+    return System(product, vector.detach().to(wide), start, lambda v: unravel(v.to(dtype)))

@@ -1,0 +1,231 @@
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bilevel._errors import StructureError
+from bilevel.linear import CG, Dense, LinearSolver, Neumann
+
+SOLVERS = [CG(), Dense(), Neumann(max_steps=2000)]
+
+
+def spd(n: int, condition: float, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator))[0]
+    spectrum = torch.logspace(0, math.log10(condition), n, dtype=torch.float64)
+    return ((basis * spectrum) @ basis.T).to(dtype)
+
+
+def rhs(n: int, seed: int = 1) -> Tensor:
+    return torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def error(v: Tensor, exact: Tensor) -> float:
+    return float((v - exact).norm() / exact.norm())
+
+
+class Counted:
+    """A product that counts its calls."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix, self.calls = matrix, 0
+
+    def __call__(self, v: Tensor) -> Tensor:
+        self.calls += 1
+        return self.matrix @ v
+
+
+@pytest.mark.parametrize("condition", [10.0, 1e3, 1e4])
+@pytest.mark.parametrize("n", [1, 5, 50])
+@pytest.mark.parametrize("seed", range(3))
+def test_cg_agrees_with_a_direct_solve(n: int, condition: float, seed: int) -> None:
+    A, b = spd(n, condition, seed), rhs(n, seed + 10)
+    assert error(CG().solve(lambda v: A @ v, b), torch.linalg.solve(A, b)) < 1e-9
+
+
+@pytest.mark.parametrize("condition", [10.0, 1e3, 1e6])
+def test_dense_agrees_with_a_direct_solve(condition: float) -> None:
+    A, b = spd(20, condition), rhs(20)
+    solution = Dense().solve(lambda v: A @ v, b)
+    assert error(solution, torch.linalg.solve(A, b)) < 1e-15 * condition * 100
+
+
+def test_neumann_converges_at_its_rate() -> None:
+    A, b = spd(20, 10.0), rhs(20)
+    exact = torch.linalg.solve(A, b)
+    assert error(Neumann(max_steps=400).solve(lambda v: A @ v, b), exact) < 1e-11
+    short = error(Neumann(max_steps=20).solve(lambda v: A @ v, b), exact)
+    assert 1e-4 < short < 0.9**20 * 2
+
+
+def test_neumann_is_the_series() -> None:
+    A, b = spd(6, 10.0), rhs(6)
+    series, term = torch.zeros(6).double(), 0.05 * b
+    for _ in range(7):
+        series, term = series + term, term - 0.05 * (A @ term)
+    solution = Neumann(max_steps=7, step_size=0.05).solve(lambda v: A @ v, b)
+    torch.testing.assert_close(solution, series, rtol=1e-13, atol=0.0)
+
+
+def test_neumann_with_too_large_a_step_returns_its_best_iterate() -> None:
+    A, b = spd(6, 10.0), rhs(6)
+    v = Neumann(max_steps=100, step_size=10.0).solve(lambda v: A @ v, b)
+    assert float((b - A @ v).norm()) <= float(b.norm())
+
+
+@given(n=st.integers(1, 30), condition=st.floats(1.0, 1e3), seed=st.integers(0, 1000))
+def test_cg_solves_any_positive_definite_system(n: int, condition: float, seed: int) -> None:
+    A, b = spd(n, condition, seed), rhs(n, seed + 1)
+    assert float((b - A @ CG().solve(lambda v: A @ v, b)).norm() / b.norm()) < 1e-11
+
+
+def test_cg_returns_the_last_iterate_not_the_one_before() -> None:
+    A, b = torch.diag(torch.tensor([1.0, 2.0, 3.0]).double()), torch.ones(3).double()
+    solution = CG(rtol=1e-8, max_steps=3).solve(lambda v: A @ v, b)
+    assert error(solution, torch.linalg.solve(A, b)) < 1e-14
+
+
+def test_cg_takes_one_product_a_step_and_one_to_check_a_tight_tolerance() -> None:
+    b = torch.ones(3).double()
+    for rtol, calls in ((1e-6, 3), (1e-12, 4)):
+        product = Counted(torch.diag(torch.tensor([1.0, 2.0, 3.0]).double()))
+        CG(rtol=rtol).solve(product, b)
+        assert product.calls == calls
+
+
+def test_cg_warm_start_at_the_solution_costs_one_product() -> None:
+    A, b = spd(10, 10.0), rhs(10)
+    product = Counted(A)
+    exact = torch.linalg.solve(A, b)
+    assert torch.equal(CG().solve(product, b, v0=exact), exact)
+    assert product.calls == 1
+
+
+def test_cg_warm_start_near_the_solution_is_cheaper() -> None:
+    A, b = spd(50, 1e3), rhs(50)
+    exact = torch.linalg.solve(A, b)
+    cold, warm = Counted(A), Counted(A)
+    CG(rtol=1e-6).solve(cold, b)
+    solution = CG(rtol=1e-6).solve(warm, b, v0=exact * (1 + 1e-6))
+    assert warm.calls < 0.5 * cold.calls
+    assert error(solution, exact) < 1e-5
+
+
+def test_cg_ends_at_rounding_on_an_ill_conditioned_system() -> None:
+    product = Counted(spd(50, 1e6))
+    b = rhs(50)
+    v = CG(max_steps=5000).solve(product, b)
+    assert product.calls < 5000
+    assert float((b - product.matrix @ v).norm() / b.norm()) < 1e-9
+
+
+@pytest.mark.parametrize("max_steps", [1, 2, 3, 17])
+def test_cg_never_exceeds_its_products(max_steps: int) -> None:
+    product = Counted(spd(50, 1e4))
+    CG(max_steps=max_steps).solve(product, rhs(50))
+    CG(max_steps=max_steps).solve(product, rhs(50), v0=rhs(50, 3))
+    assert product.calls <= 2 * max_steps
+
+
+def test_cg_stops_at_negative_curvature_with_a_finite_iterate() -> None:
+    A = torch.diag(torch.tensor([4.0, 1.0, -2.0]).double())
+    b = torch.ones(3).double()
+    v = CG().solve(lambda u: A @ u, b)
+    assert torch.isfinite(v).all()
+    assert float((b - A @ v).norm()) > 1e-3  # which is how the caller learns of it
+
+
+def test_cg_on_a_singular_consistent_system_gives_the_solution_of_least_norm() -> None:
+    A = torch.diag(torch.tensor([4.0, 1.0, 0.0]).double())
+    solution = CG().solve(lambda u: A @ u, torch.tensor([4.0, 3.0, 0.0]).double())
+    assert solution.tolist() == pytest.approx([1.0, 3.0, 0.0], abs=1e-14)
+
+
+def test_dense_on_a_singular_system_gives_the_least_squares_solution_of_least_norm() -> None:
+    A = torch.diag(torch.tensor([4.0, 1.0, 0.0]).double())
+    solution = Dense().solve(lambda u: A @ u, torch.tensor([4.0, 3.0, 5.0]).double())
+    assert solution.tolist() == pytest.approx([1.0, 3.0, 0.0], abs=1e-13)
+
+
+def test_dense_solves_what_is_not_symmetric() -> None:
+    A, b = torch.tensor([[0.0, 2.0], [-1.0, 1.0]]).double(), torch.tensor([2.0, 3.0]).double()
+    assert Dense().solve(lambda u: A @ u, b).tolist() == pytest.approx([-2.0, 1.0])
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=str)
+def test_zero_right_hand_side_gives_zero(solver: LinearSolver) -> None:
+    A = spd(4, 10.0)
+    assert torch.equal(solver.solve(lambda v: A @ v, torch.zeros(4).double()), torch.zeros(4))
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=str)
+def test_nan_is_passed_on(solver: LinearSolver) -> None:
+    A = spd(3, 10.0)
+    b = torch.tensor([1.0, math.nan, 2.0]).double()
+    assert torch.isnan(solver.solve(lambda v: A @ v, b)).any()
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=str)
+def test_tree_gives_the_answer_of_the_vector(solver: LinearSolver) -> None:
+    A, b = spd(6, 10.0), rhs(6)
+
+    def matvec(tree: dict) -> dict:
+        image = A @ torch.cat([tree["a"].reshape(-1), tree["b"][0]])
+        return {"a": image[:4].reshape(2, 2), "b": [image[4:]]}
+
+    tree = {"a": b[:4].reshape(2, 2), "b": [b[4:]]}
+    before = b.clone()
+    solution = solver.solve(matvec, tree, v0=tree)
+    vector = torch.cat([solution["a"].reshape(-1), solution["b"][0]])
+    assert error(vector, torch.linalg.solve(A, b)) < 1e-10
+    assert torch.equal(b, before)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2), (torch.float16, 5e-3)]
+)
+@pytest.mark.parametrize("solver", SOLVERS, ids=str)
+def test_lower_precisions_reach_their_own_rounding(
+    solver: LinearSolver, dtype: torch.dtype, tolerance: float
+) -> None:
+    A, b = spd(8, 5.0, dtype=dtype), rhs(8).to(dtype)
+    solution = solver.solve(lambda v: A @ v, b)
+    assert solution.dtype == dtype
+    assert error(solution.double(), torch.linalg.solve(A.double(), b.double())) < tolerance
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=str)
+def test_answer_carries_no_graph(solver: LinearSolver) -> None:
+    A, b = spd(3, 10.0).requires_grad_(), rhs(3).requires_grad_()
+    assert not solver.solve(lambda v: A @ v, b).requires_grad
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=str)
+def test_product_of_another_size_says_the_rule(solver: LinearSolver) -> None:
+    with pytest.raises(StructureError, match=r"must be like `b`, which has 3 entries\. Got 2"):
+        solver.solve(lambda v: v[:2], rhs(3))
+
+
+def test_start_of_another_shape_says_the_rule() -> None:
+    with pytest.raises(StructureError, match=r"`v0` must have shape \(3,\)"):
+        CG().solve(lambda v: v, rhs(3), v0=rhs(2))
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: CG(rtol=-1.0), "rtol"),
+        (lambda: CG(atol=math.nan), "atol"),
+        (lambda: CG(max_steps=0), "max_steps"),
+        (lambda: Neumann(max_steps=0), "max_steps"),
+        (lambda: Neumann(step_size=0.0), "step_size"),
+        (lambda: Neumann(rtol=math.inf), "rtol"),
+    ],
+)
+def test_parameter_out_of_range_says_the_rule(make: Callable[[], object], name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name}=\.\.\.\)` must be .* Got {name}="):
+        make()
