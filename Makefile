@@ -22,8 +22,9 @@ setup: $(STAMP)  ## Create or update the environment in .venv
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "bilevel needs Python 3.11 or newer; name one with: make PYTHON=python3.11"; exit 1; }
-	if [ -f $@ ]; then rm $@; else $(PYTHON) -m venv --clear $(VENV); fi
-	$(RUN) -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev,docs,example,test]'
+	@echo "Installing into $(VENV): about a minute, longer where torch has to be downloaded"
+	@if [ -f $@ ]; then rm $@; else $(PYTHON) -m venv --clear $(VENV); fi
+	@$(RUN) -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev,docs,example,test]'
 	@touch $@
 
 demo: $(STAMP)  ## Train EchoIR with ASBLO on photographs (about 10 minutes on 2 cores)
