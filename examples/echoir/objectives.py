@@ -1,0 +1,78 @@
+"""The two objectives: restore photographs (upper, on D_val), upsample without loss (lower, on D_tr).
+
+    min over beta   F(beta, omega) = restoration loss on D_val
+    subject to      omega in argmin f(beta, .) on D_tr
+
+omega are the Echo-Upsamplers' parameters, beta all others. The paper states the goals but prints
+neither loss; the choices are explained in this example's README.
+"""
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from model import EchoIR, pad
+from patches import Patches
+from torch import Tensor
+
+Lower = Literal["echo", "restoration", "both"]
+Objective = Callable[[EchoIR, Patches], Tensor]
+
+
+def restoration_loss(net: EchoIR, patches: Patches) -> Tensor:
+    """The mean absolute error: less afraid of edges than the square, and it trains to higher PSNR."""
+    return (net(patches.input).float() - patches.target).abs().mean()
+
+
+def echo_loss(net: EchoIR, patches: Patches) -> Tensor:
+    """How much of an encoder feature E_l is lost when it is downsampled and echoed back.
+
+        sum over levels of |EU(down(E_l); E_l) - E_l|^2 / |E_l|^2
+
+    The denominator is held constant: otherwise scaling the features up would lower the loss.
+    """
+    image = pad(patches.input, net.config.multiple)
+    echoes, _ = net.encode(image)
+    loss = patches.target.new_zeros(())
+    for level, feature in enumerate(echoes):
+        coarse = net.downsamplers[level](feature)
+        back = net.upsample(level, coarse, net.echo(level, echoes, image))
+        lost = (back.float() - feature.float()).square().mean()
+        loss = loss + lost / feature.detach().float().square().mean()
+    return loss
+
+
+def objectives(
+    lower: Lower, *, alpha: float = 0.1, amp: bool = False
+) -> tuple[Objective, Objective]:
+    """F and f, as functions of the network and a batch of patches.
+
+    Args:
+        lower: what f is: the `"echo"` loss, the `"restoration"` loss, or `"both"`,
+            restoration + alpha echo.
+        alpha: weight of the echo loss in `"both"`.
+        amp: compute in bfloat16 where that is safe.
+
+    Raises:
+        ValueError: if `lower` is none of the three, or alpha is negative.
+    """
+    if lower not in get_args(Lower):
+        raise ValueError(
+            f"`objectives(lower=...)` must be one of {', '.join(get_args(Lower))}. Got {lower!r}."
+        )
+    if alpha < 0:
+        raise ValueError(f"`objectives(alpha=...)` must be at least 0. Got alpha={alpha}.")
+
+    def both(net: EchoIR, patches: Patches) -> Tensor:
+        return restoration_loss(net, patches) + alpha * echo_loss(net, patches)
+
+    f = {"echo": echo_loss, "restoration": restoration_loss, "both": both}[lower]
+
+    def cast(objective: Objective) -> Objective:
+        def loss(net: EchoIR, patches: Patches) -> Tensor:
+            with torch.autocast(patches.input.device.type, torch.bfloat16, enabled=amp):
+                return objective(net, patches)
+
+        return loss
+
+    return cast(restoration_loss), cast(f)

@@ -1,0 +1,80 @@
+"""Weights with their configuration in one safetensors file, and a sha256 that a flipped byte fails."""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from model import EchoIR, EchoIRConfig
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def save_weights(path: Path, net: EchoIR, about: dict[str, Any]):
+    """Writes a network's weights; the file is complete or absent, never half of one.
+
+    Args:
+        path: the file.
+        net: the network.
+        about: what a user of the weights wants to know (task, data, scores), of JSON's types.
+    """
+    tensors = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
+    metadata = {
+        "config": json.dumps(asdict(net.config)),
+        "about": json.dumps(about),
+        "sha256": _digest(tensors),
+    }
+    unfinished = path.with_name(path.name + ".unfinished")
+    save_file(tensors, unfinished, metadata)
+    os.replace(unfinished, path)
+
+
+def load_weights(path: Path, device: torch.device) -> tuple[EchoIR, dict[str, Any]]:
+    """Reads what `save_weights` wrote.
+
+    Returns:
+        The network, in evaluation mode, and what is known about it.
+
+    Raises:
+        ValueError: if the file is missing, damaged, or not one of ours.
+    """
+    if not path.is_file():
+        raise ValueError(
+            f"The weights must be a file. Got {path}, which does not exist. Train first, with "
+            "`python examples/echoir/train.py`, or name the file by `--weights`."
+        )
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(
+            f"The weights must be a safetensors file. Got {path}: {error}. Copy or train it anew."
+        ) from error
+    if not {"config", "about", "sha256"} <= metadata.keys():
+        raise ValueError(
+            f"The weights must be written by this example's train.py. Got {path}, which lacks the "
+            "network's configuration. Name another file by `--weights`."
+        )
+    if _digest(tensors) != metadata["sha256"]:
+        raise ValueError(
+            f"The weights must match their checksum. Got {path}, which does not: the file is "
+            "damaged. Copy or train it anew."
+        )
+    config = json.loads(metadata["config"])
+    config |= {"blocks": tuple(config["blocks"]), "heads": tuple(config["heads"])}
+    net = EchoIR(EchoIRConfig(**config))
+    net.load_state_dict(tensors)
+    return net.to(device, memory_format=torch.channels_last).eval(), json.loads(metadata["about"])
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}".encode())
+        digest.update(tensors[name].numpy().tobytes())
+    return digest.hexdigest()
