@@ -91,7 +91,8 @@ class PatchSampler:
 
     def _tensor(self, images: Sequence[np.ndarray]) -> Tensor:
         """Stacks (P, P, 3) images to (B, 3, P, P), channels last in memory as convolutions like it."""
-        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(self.device)
+        stack = np.ascontiguousarray(np.stack(images))  # turned patches may come in another order
+        return torch.from_numpy(stack).permute(0, 3, 1, 2).to(self.device)
 
 
 def _density(image: np.ndarray, size: int) -> np.ndarray:

@@ -40,8 +40,12 @@ class Result:
 
 def score(image: Tensor, target: Tensor) -> Score:
     """Compares two images, (3, H, W)."""
-    ssim = structural_similarity_index_measure(image[None], target[None], data_range=1.0)
-    return Score(psnr(image, target), psnr(luma(image), luma(target)), float(ssim))
+    _, similarity = structural_similarity_index_measure(
+        image[None], target[None], data_range=1.0, return_full_image=True
+    )
+    # MATLAB's SSIM averages only where the 11 x 11 window lies inside the image.
+    ssim = float(similarity[..., 5:-5, 5:-5].mean())
+    return Score(psnr(image, target), psnr(luma(image), luma(target)), ssim)
 
 
 def psnr(image: Tensor, target: Tensor) -> float:

@@ -1,0 +1,172 @@
+import numpy as np
+import pytest
+import torch
+from conftest import save, scene
+from degradations import degradation
+from patches import PatchSampler
+from photographs import (
+    BUNDLED_TEST,
+    Photograph,
+    bundled,
+    list_images,
+    load_folder,
+    match_pairs,
+    split,
+)
+
+CPU = torch.device("cpu")
+
+
+def test_bundled_photographs_split_by_whole_images():
+    parts = split(bundled(), validation=0.2, seed=0, test_names=BUNDLED_TEST)
+    names = [{p.name for p in part} for part in (parts.train, parts.validation, parts.test)]
+    assert names[2] == set(BUNDLED_TEST)
+    assert all(names)
+    assert sum(map(len, names)) == len(set.union(*names))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_scene_is_on_one_side_of_the_split(seed):
+    image = np.zeros((8, 8, 3), np.uint8)
+    photographs = [Photograph(f"{i}", image, image, scene=f"{i // 3}") for i in range(30)]
+    parts = split(photographs, validation=0.2, seed=seed)
+    scenes = [{p.scene for p in part} for part in (parts.train, parts.validation, parts.test)]
+    assert sum(map(len, scenes)) == len(set.union(*scenes)) == 10
+
+
+def test_natural_order(folder):
+    for i in (2, 10, 1):
+        save(folder / f"x{i}.png", np.zeros((4, 4, 3), np.uint8))
+    assert [p.stem for p in list_images(folder)][-3:] == ["x1", "x2", "x10"]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "targets", "expected"),
+    [
+        (["1.png", "2.png"], ["1.png", "2.png"], ["1.png", "2.png"]),
+        (["rain-001.png"], ["norain-001.png"], ["norain-001.png"]),
+        (["7x2.png"], ["norain-7.png"], ["norain-7.png"]),
+        (
+            ["901_1.jpg", "901_14.jpg", "902_3.jpg"],
+            ["901.jpg", "902.jpg"],
+            ["901.jpg", "901.jpg", "902.jpg"],
+        ),
+        (["a_1.png", "a_2.png"], ["a_1.png", "a_2.png"], ["a_1.png", "a_2.png"]),
+    ],
+)
+def test_pairing(tmp_path, inputs, targets, expected):
+    pairs = match_pairs(
+        [tmp_path / "in" / n for n in inputs], [tmp_path / "gt" / n for n in targets]
+    )
+    assert [target.name for _, target in pairs] == expected
+
+
+def test_folder_of_pairs(folder, tmp_path):
+    clean = np.random.default_rng(0).integers(0, 255, (20, 30, 3)).astype(np.uint8)
+    save(tmp_path / "pairs" / "rainy" / "1.png", clean // 2)
+    save(tmp_path / "pairs" / "gt" / "1.png", clean)
+    (pair,) = load_folder(tmp_path / "pairs")
+    assert np.array_equal(pair.input, clean // 2)
+    assert np.array_equal(pair.target, clean)
+
+
+def sampler(photographs, task="denoise"):
+    return PatchSampler(photographs, degradation(task, 25.0), 16, CPU)
+
+
+@pytest.mark.parametrize("task", ["denoise", "derain", "deblur"])
+def test_batches_are_a_pure_function_of_the_key(folder, task):
+    first, second = (sampler(load_folder(folder), task) for _ in range(2))
+    first.batch(3, 0, 4)  # what was drawn before does not matter
+    a, b = first.batch(3, 0, 5), second.batch(3, 0, 5)
+    assert torch.equal(a.input, b.input)
+    assert torch.equal(a.target, b.target)
+    other = second.batch(3, 0, 6)
+    assert not torch.equal(a.target, other.target)
+    assert a.input.shape == (3, 3, 16, 16)
+    assert a.input.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_patches_come_from_where_the_gradients_are():
+    image = np.full((64, 64, 3), 100, np.uint8)
+    image[40:60, 40:60] = np.random.default_rng(0).integers(0, 255, (20, 20, 3))
+    target = sampler([Photograph("half flat", image)]).batch(64, 0).target
+    assert (target.flatten(1).std(1) > 0.01).float().mean() > 0.95
+
+
+def test_input_and_target_of_a_pair_are_cut_alike():
+    clean = np.random.default_rng(0).integers(0, 200, (40, 40, 3)).astype(np.uint8)
+    batch = sampler([Photograph("pair", clean, clean + 10)]).batch(8, 0)
+    assert torch.allclose(batch.input - batch.target, torch.tensor(10 / 255))
+
+
+def test_noise_is_neither_clipped_nor_rounded_and_has_its_sigma():
+    white = np.ones((100, 100, 3), np.float32)
+    noisy = degradation("denoise", 25.0)(white, np.random.default_rng(0))
+    assert noisy.max() > 1
+    assert (noisy - white).std() * 255 == pytest.approx(25, rel=0.02)
+
+
+@pytest.mark.parametrize("task", ["derain", "deblur"])
+def test_degradations_do_harm_and_keep_the_range(task):
+    clean = scene(np.random.default_rng(0), 64, 64).astype(np.float32) / 255
+    harmed = degradation(task, 25.0)(clean, np.random.default_rng(0))
+    assert harmed.shape == clean.shape
+    assert harmed.dtype == np.float32
+    assert 0.01 < np.abs(harmed - clean).mean() < 0.3
+
+
+def test_a_motion_kernel_keeps_a_constant():
+    gray = np.full((64, 64, 3), 0.5, np.float32)
+    blurred = degradation("deblur", 25.0)(gray, np.random.default_rng(0))
+    assert blurred.mean() == pytest.approx(0.5, abs=1e-3)
+
+
+def test_missing_and_empty_folders(tmp_path):
+    with pytest.raises(ValueError, match="must exist"):
+        load_folder(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"Got none in .* Name the folder"):
+        load_folder(tmp_path)
+
+
+def test_truncated_image_is_named(folder):
+    path = folder / "photo3.png"
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"readable as a whole. Got .*photo3.png"):
+        load_folder(folder)
+
+
+def test_pairs_that_do_not_match(tmp_path):
+    image = np.zeros((8, 8, 3), np.uint8)
+    save(tmp_path / "input" / "1.png", image)
+    save(tmp_path / "input" / "2.png", image)
+    with pytest.raises(ValueError, match="one of input"):
+        load_folder(tmp_path)
+    save(tmp_path / "target" / "1.png", image)
+    with pytest.raises(ValueError, match=r"exactly one target .* Got 0 for .*2.png"):
+        load_folder(tmp_path)
+    save(tmp_path / "target" / "2.png", image[:4])
+    with pytest.raises(ValueError, match=r"must have one size"):
+        load_folder(tmp_path)
+    save(tmp_path / "target" / "2.png", image)
+    save(tmp_path / "target" / "3.png", image)
+    with pytest.raises(ValueError, match=r"Every target .* Got none for .*3.png"):
+        load_folder(tmp_path)
+
+
+def test_too_few_photographs():
+    photographs = [Photograph(name, np.zeros((8, 8, 3), np.uint8)) for name in "ab"]
+    with pytest.raises(ValueError, match="three photographs or more"):
+        split(photographs, validation=0.2, seed=0)
+
+
+def test_patch_larger_than_a_photograph(folder):
+    with pytest.raises(ValueError, match=r"at least as large as a patch \(61 x 61\). Got photo0"):
+        PatchSampler(load_folder(folder), degradation("denoise", 25.0), 61, CPU)
+
+
+def test_unknown_task_and_negative_noise():
+    with pytest.raises(ValueError, match=r"one of denoise, derain, deblur\. Got 'dehaze'"):
+        degradation("dehaze", 25.0)
+    with pytest.raises(ValueError, match=r"sigma >= 0\. Got sigma=-1"):
+        degradation("denoise", -1.0)
