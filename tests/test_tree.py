@@ -1,0 +1,145 @@
+from collections import OrderedDict
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bilevel import _tree
+from bilevel._errors import StructureError
+
+TREES: list[Any] = [
+    torch.tensor([1.0, -2.0, 3.0]),
+    torch.tensor(2.0),
+    torch.arange(6.0).reshape(2, 3),
+    {"b": torch.ones(2), "a": torch.zeros(1)},
+    [torch.ones(2), (torch.zeros(1, 2), {"w": torch.tensor(5.0)})],
+    OrderedDict(z=torch.ones(1), a=torch.full((3,), 2.0)),
+]
+
+
+@st.composite
+def trees(draw: st.DrawFn) -> Any:
+    """Nested dicts, lists and tuples of small float64 tensors."""
+    shape = st.lists(st.integers(1, 3), max_size=2).map(tuple)
+    seed = st.integers(0, 2**31)
+    leaf = st.builds(
+        lambda s, n: torch.randn(
+            s, dtype=torch.float64, generator=torch.Generator().manual_seed(n)
+        ),
+        shape,
+        seed,
+    )
+    return draw(
+        st.recursive(
+            leaf,
+            lambda part: (
+                st.lists(part, min_size=1, max_size=3)
+                | st.tuples(part, part)
+                | st.dictionaries(st.sampled_from("abc"), part, min_size=1)
+            ),
+            max_leaves=6,
+        )
+    )
+
+
+def flat(tree: Any) -> torch.Tensor:
+    return torch.cat([leaf.reshape(-1) for leaf in _tree.leaves(tree)])
+
+
+@given(tree=trees())
+def test_ravel_and_back_is_the_tree(tree: Any) -> None:
+    vector, unravel = _tree.ravel(tree)
+    assert vector.dim() == 1
+    assert vector.numel() == _tree.size(tree)
+    back = unravel(vector)
+    _tree.check_like(back, tree, "back")
+    assert all(map(torch.equal, _tree.leaves(back), _tree.leaves(tree)))
+
+
+@given(tree=trees(), scale=st.floats(-3.0, 3.0))
+def test_algebra_is_that_of_the_vector(tree: Any, scale: float) -> None:
+    v = flat(tree)
+    torch.testing.assert_close(_tree.norm(tree), v.norm())
+    torch.testing.assert_close(_tree.vdot(tree, tree), v @ v)
+    combined = _tree.axpy(scale, tree, tree)
+    torch.testing.assert_close(flat(combined), (scale + 1.0) * v)
+    assert torch.equal(flat(_tree.zeros_like(tree)), torch.zeros_like(v))
+
+
+def test_dictionaries_are_ordered_by_key() -> None:
+    tree = {"b": torch.ones(1), "a": torch.zeros(1)}
+    assert [float(leaf) for leaf in _tree.leaves(tree)] == [0.0, 1.0]
+    assert _tree.names(tree) == ["['a']", "['b']"]
+    assert _tree.names([{"w": torch.ones(1)}]) == ["[0]['w']"]
+    assert _tree.names(torch.ones(1)) == [""]
+
+
+def test_ravel_of_several_dtypes_meets_in_the_widest_and_returns() -> None:
+    tree = {"a": torch.ones(2, dtype=torch.float32), "b": torch.ones(1, dtype=torch.float64)}
+    vector, unravel = _tree.ravel(tree)
+    assert vector.dtype == torch.float64
+    back = unravel(2.0 * vector)
+    assert {name: leaf.dtype for name, leaf in back.items()} == {
+        "a": torch.float32,
+        "b": torch.float64,
+    }
+
+
+def test_ravel_keeps_the_graph() -> None:
+    tree = {"a": torch.ones(2, requires_grad=True), "b": torch.ones(1, requires_grad=True)}
+    vector, _ = _tree.ravel(tree)
+    (vector * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+    assert tree["a"].grad is not None
+    assert tree["a"].grad.tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("tree", TREES, ids=lambda tree: type(tree).__name__)
+def test_detach_shares_nothing(tree: Any) -> None:
+    copy = _tree.detach(tree)
+    for leaf in _tree.leaves(copy):
+        leaf += 1.0
+    assert torch.equal(flat(copy) - flat(tree), torch.ones(_tree.size(tree)))
+    assert type(copy) is type(tree)
+
+
+def test_is_finite_sees_every_leaf() -> None:
+    assert _tree.is_finite({"a": torch.ones(2), "b": torch.zeros(1)})
+    assert not _tree.is_finite({"a": torch.ones(2), "b": torch.tensor([float("nan")])})
+    assert not _tree.is_finite([torch.tensor(float("inf"))])
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({}, r"`x0` must hold at least one tensor\. Got an empty tree: \{\}"),
+        ([], r"at least one tensor\. Got an empty tree: \[\]"),
+        ({"w": 1.0}, r"`x0\['w'\]` must be a tensor\. Got float"),
+        (3, r"`x0` must be a tensor\. Got int"),
+        (torch.arange(3), r"`x0` must be a floating-point tensor\. Got dtype torch\.int64"),
+        ([torch.ones(1), torch.tensor([True])], r"`x0\[1\]` must be .*torch\.bool"),
+    ],
+)
+def test_wrong_variable_says_the_rule(tree: Any, message: str) -> None:
+    with pytest.raises(StructureError, match=message):
+        _tree.check_variable(tree, "x0")
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"b": torch.ones(2)}, r"must have the structure \[\"\['a'\]\"\]\. Got \[\"\['b'\]\"\]"),
+        ({"a": torch.ones(3)}, r"`y\['a'\]` must have shape \(2,\)"),
+        ({"a": torch.ones(2).double()}, r"Got \(2,\) and torch\.float64"),
+    ],
+)
+def test_unlike_tree_says_the_rule(tree: Any, message: str) -> None:
+    with pytest.raises(StructureError, match=message):
+        _tree.check_like(tree, {"a": torch.ones(2)}, "y")
+
+
+@pytest.mark.parametrize("tree", TREES, ids=lambda tree: type(tree).__name__)
+def test_good_variable_passes(tree: Any) -> None:
+    _tree.check_variable(tree, "x0")
+    _tree.check_like(tree, _tree.detach(tree), "x0")
