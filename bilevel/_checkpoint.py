@@ -29,7 +29,8 @@ def save_state(path: str | os.PathLike[str], state: State) -> None:
     """Write a state to a file, so that a crash at any moment leaves the old file or the new one.
 
     The file is a line with the format's version and a sha256, then the state as `torch.save`
-    writes it. It holds tensors and plain Python values only.
+    writes it. It holds tensors and plain Python values only. One process at a time may save to a
+    path.
 
     Args:
         path: Where; an existing file is replaced.
@@ -50,7 +51,9 @@ def save_state(path: str | os.PathLike[str], state: State) -> None:
     payload = _serialize(state)
     header = f"bilevel-state version {VERSION} sha256 {hashlib.sha256(payload).hexdigest()}\n"
     target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = target.with_name(
+        f".{target.name}.tmp"
+    )  # a killed save leaves one, the next takes it
     try:
         with open(temporary, "wb") as file:
             file.write(header.encode())

@@ -187,3 +187,10 @@ def test_full_disk_leaves_the_old_file(
     assert caught.value.errno == errno.ENOSPC
     assert os.listdir(tmp_path) == ["state"]
     assert load_state(tmp_path / "state").step == STATE.step
+
+
+def test_leftover_of_a_killed_save_is_taken_over(tmp_path: Path) -> None:
+    (tmp_path / ".state.tmp").write_bytes(b"half a st")
+    save_state(tmp_path / "state", STATE)
+    assert os.listdir(tmp_path) == ["state"]
+    assert load_state(tmp_path / "state").step == STATE.step
