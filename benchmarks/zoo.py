@@ -1,0 +1,132 @@
+"""Solves every problem of the zoo with ASBLO and with Implicit, at their defaults.
+
+    make zoo        or        python benchmarks/zoo.py
+
+Prints the table and writes it to docs/zoo.md. A row is a problem; where it has several starts, the error and
+the value gap are the largest, the counts and the seconds the means. `solved` counts the starts that ended
+within the problem's tolerance of an optimum.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import bilevel as bl
+from bilevel.testing import problems
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "zoo.md"
+BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
+SOLVERS = {"ASBLO": bl.ASBLO(), "Implicit": bl.HypergradientDescent(bl.Implicit())}
+MAX_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class Run:
+    """One problem from one start, solved by one method."""
+
+    solved: bool
+    error: float
+    gap: float
+    gradients: int
+    hvps: int
+    seconds: float
+    status: bl.Status
+    x: torch.Tensor
+
+
+def solve(case: problems.ZooProblem, solver: bl.Solver) -> Run:
+    start = time.perf_counter()
+    solution = bl.solve(case.problem, solver, case.x0, case.y0, max_steps=MAX_STEPS, throw=False)
+    seconds = time.perf_counter() - start
+    error = case.error(solution.x)
+    gap = solution.certificate.value_gap if solution.certificate else float("nan")
+    count = solution.evaluations
+    return Run(
+        error <= case.tolerance,
+        error,
+        gap,
+        count.gradients,
+        count.hvp,
+        seconds,
+        solution.status,
+        solution.x,
+    )
+
+
+def unrolled(case: problems.ZooProblem, steps: int = 100, lr: float = 0.5) -> float:
+    """Where descent on F ends if it differentiates through `steps` gradient steps on f from y0."""
+    x = case.x0.clone().requires_grad_()
+    optimizer = torch.optim.SGD([x], lr=0.5)
+    for _ in range(200):
+        y = case.y0.clone().requires_grad_()
+        for _ in range(steps):
+            (grad,) = torch.autograd.grad(case.problem.lower(x, y, None), y, create_graph=True)
+            y = y - lr * grad
+        optimizer.zero_grad()
+        case.problem.upper(x, y, None).backward()
+        optimizer.step()
+    return float(x.detach())
+
+
+def row(problem: str, method: str, runs: list[Run]) -> list[str]:
+    mean = len(runs)
+    return [
+        problem,
+        method,
+        f"{sum(run.solved for run in runs)} of {len(runs)}",
+        f"{max(run.error for run in runs):.1e}",
+        f"{max(abs(run.gap) for run in runs):.1e}",
+        f"{sum(run.gradients for run in runs) / mean:.0f}",
+        f"{sum(run.hvps for run in runs) / mean:.0f}",
+        f"{sum(run.seconds for run in runs) / mean:.2f}",
+    ]
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table whose columns are aligned in the source too."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = [head, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    )
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    rows: list[list[str]] = []
+    bda: list[list[str]] = []
+    groups = itertools.groupby(problems.zoo(), key=lambda case: case.name.split(" from ")[0])
+    for problem, group in groups:
+        cases = list(group)
+        runs = {name: [solve(case, solver) for case in cases] for name, solver in SOLVERS.items()}
+        rows += [row(problem, name, found) for name, found in runs.items()]
+        print("  ".join(rows[-2]), "  ".join(rows[-1]), sep="\n", flush=True)
+        if problem.startswith("BDA"):
+            bda = [
+                [
+                    case.name.split(" from ")[-1],
+                    *(f"{float(found[i].x):.5f}" for found in runs.values()),
+                    f"{unrolled(case):.5f}",
+                ]
+                for i, case in enumerate(cases)
+            ]
+    head = ["problem", "method", "solved", "error", "value gap", "gradients", "HVPs", "seconds"]
+    text = table(head, rows)
+    if bda:
+        text += "\n\nWhere x ends on BDA, whose solution is x = 1:\n\n"
+        text += table(["start", *SOLVERS, "unrolled by hand"], bda)
+    print("\n" + text)
+    page = PAGE.read_text(encoding="utf-8")
+    before, after = page.split(BEGIN)[0], page.split(END)[1]
+    PAGE.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+    print(f"\nWritten to {PAGE}")
+
+
+if __name__ == "__main__":
+    main()
