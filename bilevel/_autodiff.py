@@ -26,14 +26,18 @@ def _variables(trees: tuple[Tree, ...]) -> tuple[list[Tree], list[list[Tensor]]]
             "Gradients must be taken outside `torch.inference_mode()`, where they would silently be zero. "
             "Got a call inside it. Leave that context, or use `torch.no_grad()`."
         )
-    tracked = [_tree.map_leaves(lambda leaf: leaf.detach().requires_grad_(True), tree) for tree in trees]
+    tracked = [
+        _tree.map_leaves(lambda leaf: leaf.detach().requires_grad_(True), tree) for tree in trees
+    ]
     return tracked, [_tree.leaves(tree) for tree in tracked]
 
 
 def _grad(output: Tensor, inputs: list[Tensor], **options: Any) -> list[Tensor]:
     if not output.requires_grad:
         return [torch.zeros_like(leaf) for leaf in inputs]
-    return list(torch.autograd.grad(output, inputs, materialize_grads=True, allow_unused=True, **options))
+    return list(
+        torch.autograd.grad(output, inputs, materialize_grads=True, allow_unused=True, **options)
+    )
 
 
 def value(fun: Function, *trees: Tree) -> Tensor:
@@ -42,7 +46,9 @@ def value(fun: Function, *trees: Tree) -> Tensor:
         return fun(*trees).detach()
 
 
-def value_and_grad(fun: Function, *trees: Tree, frozen: tuple[Tree, ...] = ()) -> tuple[Tensor, list[Tree]]:
+def value_and_grad(
+    fun: Function, *trees: Tree, frozen: tuple[Tree, ...] = ()
+) -> tuple[Tensor, list[Tree]]:
     """The value of `fun(*trees, *frozen)` and its gradient with respect to each of `trees`.
 
     Args:
@@ -71,7 +77,9 @@ def unused_leaves(fun: Function, *trees: Tree) -> list[list[int]]:
         output = fun(*tracked)
         if not output.requires_grad:
             return [list(range(len(group))) for group in parts]
-        flat = torch.autograd.grad(output, [leaf for group in parts for leaf in group], allow_unused=True)
+        flat = torch.autograd.grad(
+            output, [leaf for group in parts for leaf in group], allow_unused=True
+        )
     missing = iter([grad is None for grad in flat])  # pyright: ignore[reportUnnecessaryComparison]
     return [[i for i in range(len(group)) if next(missing)] for group in parts]
 
@@ -121,13 +129,21 @@ class LinearizedGradient:
             rows = _grad_of_vector(self._grad, self._y, identity, is_grads_batched=True)
         except RuntimeError:  # an operator without a batching rule: one product at a time
             rows = torch.stack([self.hvp(row) for row in identity])
-        return 0.5 * (rows + rows.T)
+        if rows.dim() < 2:  # a constant gradient: torch answers with one row of zeros for all
+            return torch.zeros_like(identity)
+        return 0.5 * (rows + rows.mT)
 
 
 def _grad_of_vector(output: Tensor, wrt: Tensor, cotangent: Tensor, **options: Any) -> Tensor:
     if not output.requires_grad:
         return torch.zeros_like(wrt)
     (product,) = torch.autograd.grad(
-        output, (wrt,), cotangent, retain_graph=True, allow_unused=True, materialize_grads=True, **options
+        output,
+        (wrt,),
+        cotangent,
+        retain_graph=True,
+        allow_unused=True,
+        materialize_grads=True,
+        **options,
     )
     return product

@@ -79,11 +79,15 @@ class Oracle:
         value, (grad_y,) = _autodiff.value_and_grad(lambda v: self._lower(x, v), y)
         return value, grad_y
 
-    def linearized(self, x: Tensor, y: Tensor, *, upper: float = 0.0, lower: float = 1.0) -> CountedGradient:
+    def linearized(
+        self, x: Tensor, y: Tensor, *, upper: float = 0.0, lower: float = 1.0
+    ) -> CountedGradient:
         """The gradient in y of `upper * F + lower * f` at vectors x and y, with its products."""
 
         def weighted(u: Tensor, v: Tensor) -> Tensor:
-            terms = [w * fun(u, v) for w, fun in ((upper, self._upper), (lower, self._lower)) if w != 0.0]
+            terms = [
+                w * fun(u, v) for w, fun in ((upper, self._upper), (lower, self._lower)) if w != 0.0
+            ]
             return terms[0] if len(terms) == 1 else terms[0] + terms[1]
 
         self._counts["upper_grad"] += int(upper != 0.0)

@@ -62,7 +62,9 @@ class Box:
 
     def __call__(self, x: Tree) -> Tree:
         return _tree.map_leaves(
-            lambda leaf, low, high: torch.maximum(torch.minimum(leaf, high), low), x, *self.bounds(x)
+            lambda leaf, low, high: torch.maximum(torch.minimum(leaf, high), low),
+            x,
+            *self.bounds(x),
         )
 
     def bounds(self, x: Tree) -> tuple[Tree, Tree]:
@@ -148,7 +150,9 @@ def split_data(data: Any) -> Batch:
 
 def ravel(
     problem: BilevelProblem, x: Tree, y: Tree
-) -> tuple[BilevelProblem, tuple[Tensor, Tensor], Callable[[Tensor], Tree], Callable[[Tensor], Tree]]:
+) -> tuple[
+    BilevelProblem, tuple[Tensor, Tensor], Callable[[Tensor], Tree], Callable[[Tensor], Tree]
+]:
     """The same problem over two vectors, for the solvers that work with matrices.
 
     Returns:
@@ -195,9 +199,13 @@ def scalar(value: Any, name: str) -> Tensor:
     """
     rule = f"`BilevelProblem({name}=...)` must return a scalar tensor."
     if not isinstance(value, Tensor):
-        raise ObjectiveError(f"{rule} Got {type(value).__name__}. Compute it with torch, and return the tensor.")
+        raise ObjectiveError(
+            f"{rule} Got {type(value).__name__}. Compute it with torch, and return the tensor."
+        )
     if value.numel() != 1:
-        raise ObjectiveError(f"{rule} Got shape {tuple(value.shape)}. Reduce it, e.g. with `.sum()`.")
+        raise ObjectiveError(
+            f"{rule} Got shape {tuple(value.shape)}. Reduce it, e.g. with `.sum()`."
+        )
     if not value.is_floating_point():
         raise ObjectiveError(f"{rule} Got dtype {value.dtype}. Convert it, e.g. with `.double()`.")
     return value.reshape(())
@@ -209,7 +217,12 @@ def samples(value: Any) -> Tensor:
     Raises:
         ObjectiveError: It is not a floating tensor of one dimension.
     """
-    if not isinstance(value, Tensor) or value.dim() != 1 or value.numel() == 0 or not value.is_floating_point():
+    if (
+        not isinstance(value, Tensor)
+        or value.dim() != 1
+        or value.numel() == 0
+        or not value.is_floating_point()
+    ):
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ObjectiveError(
             "`BilevelProblem(lower=..., per_sample=True)` must return one loss a sample, shape (n,). "

@@ -30,10 +30,15 @@ class Status(enum.Enum):
     MAX_STEPS = "the number of steps, or the batches, ran out before the tolerances were met"
     STOPPED = "the callback asked to stop"
     STALLED = "no step makes progress any more, and the tolerances are not met"
-    NONFINITE = "an objective or a gradient became NaN or infinite; the variables are the last finite ones"
+    NONFINITE = (
+        "an objective or a gradient became NaN or infinite; the variables are the last finite ones"
+    )
     INFEASIBLE = "no strictly feasible point of the barrier was found"
-    LOWER_UNBOUNDED = "the lower objective decreases without bound in y, so the lower problem has no solution"
+    LOWER_UNBOUNDED = (
+        "the lower objective decreases without bound in y, so the lower problem has no solution"
+    )
     LOWER_UNSOLVED = "the lower problem was not solved to its tolerance, so the hypergradient is not to be trusted"
+    LINEAR_UNSOLVED = "the linear system of the lower Hessian was not solved: singular, indefinite, or too few steps"
 
     @property
     def is_failure(self) -> bool:
@@ -102,7 +107,7 @@ class State:
     status: Status = Status.RUNNING
     metrics: Mapping[str, Any] = field(default_factory=dict[str, Any])
     memory: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    evaluations: Evaluations = Evaluations()
+    evaluations: Evaluations = field(default_factory=Evaluations)
     message: str = ""
 
 
@@ -183,7 +188,10 @@ class Solution:
             ]
         rows += [
             ("steps", str(self.steps)),
-            ("evaluations", f"F {count.upper}, f {count.lower}, gradients {count.gradients}, HVPs {count.hvp}"),
+            (
+                "evaluations",
+                f"F {count.upper}, f {count.lower}, gradients {count.gradients}, HVPs {count.hvp}",
+            ),
             ("seconds", f"{self.seconds:.3g}"),
         ]
         return table(rows)

@@ -31,7 +31,9 @@ def unflatten_like(tree: Tree, new_leaves: Sequence[Any]) -> Tree:
 
 def map_leaves(fun: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     """`fun` applied leaf by leaf."""
-    return unflatten_like(tree, [fun(*group) for group in zip(leaves(tree), *map(leaves, rest), strict=True)])
+    return unflatten_like(
+        tree, [fun(*group) for group in zip(leaves(tree), *map(leaves, rest), strict=True)]
+    )
 
 
 def names(tree: Tree) -> list[str]:
@@ -59,7 +61,8 @@ def size(tree: Tree) -> int:
 def vdot(left: Tree, right: Tree) -> Tensor:
     """The inner product over all leaves, a 0-d tensor."""
     products = [
-        torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in zip(leaves(left), leaves(right), strict=True)
+        torch.dot(a.reshape(-1), b.reshape(-1))
+        for a, b in zip(leaves(left), leaves(right), strict=True)
     ]
     return torch.stack(products).sum() if len(products) > 1 else products[0]
 
@@ -72,9 +75,21 @@ def norm(tree: Tree) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(cast("list[Tensor]", torch._foreach_norm(parts))))  # pyright: ignore[reportPrivateUsage]
 
 
+def length(tree: Tree) -> float:
+    """The Euclidean norm over all leaves, as a number."""
+    return float(norm(tree))
+
+
 def axpy(scale: float | Tensor, left: Tree, right: Tree) -> Tree:
     """`scale * left + right`."""
-    return map_leaves(lambda a, b: torch.add(b, a * scale), left, right)
+    return unflatten_like(
+        right, [b + a * scale for a, b in zip(leaves(left), leaves(right), strict=True)]
+    )
+
+
+def scale(factor: float | Tensor, tree: Tree) -> Tree:
+    """`factor * tree`."""
+    return unflatten_like(tree, [leaf * factor for leaf in leaves(tree)])
 
 
 def is_finite(tree: Tree) -> bool:

@@ -1,0 +1,190 @@
+"""The one loop: every solver runs in it, and nothing else loops over upper steps."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from bilevel._certify import certify
+from bilevel._errors import StructureError
+from bilevel._oracle import Oracle
+from bilevel._problem import BilevelProblem
+from bilevel._solution import Solution, State, Status
+from bilevel._types import Tree
+from bilevel.estimators import check_problem
+from bilevel.solvers import Solver
+
+
+def iterate(
+    problem: BilevelProblem,
+    solver: Solver,
+    x0: Tree | None = None,
+    y0: Tree | None = None,
+    batches: Iterable[Any] | None = None,
+    *,
+    state: State | None = None,
+) -> Iterator[State]:
+    """The states of a run, one a step; stop by leaving the loop.
+
+    Args:
+        problem: The problem.
+        solver: The solver.
+        x0: Where the upper variable starts; not modified.
+        y0: Where the lower variable starts; not modified.
+        batches: The data of each step, a `Batch` or what both objectives get as their third
+            argument. Without it the objectives are the same in every step, get None, and the
+            solver works in its full-batch mode.
+        state: Go on from here instead of from `x0` and `y0`: the steps that follow equal those of a run
+            that never stopped, if the batches go on too.
+
+    Yields:
+        The state after each step. The last one has another status than RUNNING, unless the batches ran out.
+
+    Raises:
+        StructureError: `x0` or `y0` is no tree of floating tensors, or both or neither of the
+            start and `state` are given.
+        ObjectiveError: An objective returns no scalar, or x or y is used by no objective.
+        ValueError: There are no batches in `batches`.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> problem = bl.BilevelProblem(
+        ...     upper=lambda x, y, data: ((y - 1.0) ** 2).sum() + 0.1 * (x**2).sum(),
+        ...     lower=lambda x, y, data: ((y - 2.0 * x) ** 2).sum(),
+        ... )
+        >>> for state in bl.iterate(
+        ...     problem, bl.ASBLO(), torch.zeros(1).double(), torch.zeros(1).double()
+        ... ):
+        ...     if state.step == 3:
+        ...         break
+        >>> state.step
+        3
+    """
+    if (state is None) == (x0 is None or y0 is None):
+        raise StructureError(
+            "`iterate` must be given either x0 and y0, or state. "
+            f"Got {'neither' if state is None else 'both'}. Leave out one of them."
+        )
+    stream = itertools.repeat(None) if batches is None else iter(batches)
+    if state is None:
+        try:
+            first = next(stream)
+        except StopIteration:
+            raise ValueError(
+                "`iterate(batches=...)` must hold at least one batch. Got none. "
+                "Pass the data of each step, or leave it out for the full-batch mode."
+            ) from None
+        check_problem(problem, x0, y0, first)
+        stream = itertools.chain([first], stream)
+        state = solver.init(problem, x0, y0, first, full_batch=batches is None)
+    return _states(problem, solver, state, stream)
+
+
+def _states(
+    problem: BilevelProblem, solver: Solver, state: State, stream: Iterator[Any]
+) -> Iterator[State]:
+    if state.status is not Status.RUNNING:
+        yield state
+        return
+    for data in stream:
+        state = solver.step(problem, state, data)
+        yield state
+        if state.status is not Status.RUNNING:
+            return
+
+
+def solve(
+    problem: BilevelProblem,
+    solver: Solver,
+    x0: Tree,
+    y0: Tree,
+    batches: Iterable[Any] | None = None,
+    *,
+    max_steps: int,
+    callback: Callable[[State], object] | None = None,
+    throw: bool = True,
+) -> Solution:
+    """Run `solver` until it converges, the steps or batches run out, or the callback stops it.
+
+    Args:
+        problem: The problem.
+        solver: The solver.
+        x0: Where the upper variable starts; not modified.
+        y0: Where the lower variable starts; not modified.
+        batches: The data of each step; see `iterate`.
+        max_steps: Upper steps at most, >= 1.
+        callback: Called with each state; a true answer stops the run.
+        throw: Raise the error of a failed run instead of returning its solution. Reaching
+            `max_steps` is no failure.
+
+    Returns:
+        The solution, with a certificate where no batches were given.
+
+    Raises:
+        ValueError: `max_steps` is below 1.
+        BilevelError: The run failed and `throw` is true; the message says how, and at which step.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> problem = bl.BilevelProblem(
+        ...     upper=lambda x, y, data: ((y - 1.0) ** 2).sum() + 0.1 * (x**2).sum(),
+        ...     lower=lambda x, y, data: ((y - 2.0 * x) ** 2).sum(),
+        ... )
+        >>> solution = bl.solve(
+        ...     problem, bl.ASBLO(), torch.zeros(1).double(), torch.zeros(1).double(), max_steps=500
+        ... )
+        >>> solution.status.name, round(solution.x.item(), 4)  # 2 / 4.1
+        ('CONVERGED', 0.4878)
+    """
+    if max_steps < 1:
+        raise ValueError(
+            f"`solve(max_steps=...)` must be at least 1. Got max_steps={max_steps}. Raise it."
+        )
+    data: list[Any] = [None]
+    watched = None if batches is None else _watch(batches, data)
+    started = time.perf_counter()
+    state: State | None = None
+    for state in iterate(problem, solver, x0, y0, watched):
+        if state.status is not Status.RUNNING:
+            break
+        if callback is not None and callback(state):
+            state = replace(state, status=Status.STOPPED)
+            break
+        if state.step >= max_steps:
+            state = replace(state, status=Status.MAX_STEPS)
+            break
+    if state is None:
+        raise RuntimeError("the solver yielded no state")
+    if state.status is Status.RUNNING:
+        state = replace(state, status=Status.MAX_STEPS)
+    if throw and state.status.is_failure:
+        raise state.status.error(
+            f"{type(solver).__name__} stopped at step {state.step}: {state.message}"
+        )
+    oracle = Oracle(problem, data[0])
+    upper, lower = float(oracle.upper(state.x, state.y)), float(oracle.lower(state.x, state.y))
+    seconds = time.perf_counter() - started
+    certain = batches is None and not state.status.is_failure
+    return Solution(
+        x=state.x,
+        y=state.y,
+        status=state.status,
+        upper=upper,
+        lower=lower,
+        steps=state.step,
+        evaluations=state.evaluations + oracle.evaluations,
+        seconds=seconds,
+        certificate=certify(problem, state.x, state.y) if certain else None,
+        state=state,
+        message=state.message,
+    )
+
+
+def _watch(batches: Iterable[Any], last: list[Any]) -> Iterator[Any]:
+    """The batches, the one in use kept in `last[0]`."""
+    for data in batches:
+        last[0] = data
+        yield data

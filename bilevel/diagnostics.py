@@ -1,0 +1,184 @@
+"""Checks that tell a user when not to trust a hypergradient."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel import _tree
+from bilevel._oracle import Oracle
+from bilevel._problem import BilevelProblem, ravel
+from bilevel._solution import Status, table
+from bilevel._types import Tree
+from bilevel.estimators import Estimator, check_problem
+from bilevel.estimators._gap import RegularizedLower
+from bilevel.optim import Newton
+
+_DIRECTIONS = 10  # along the axes up to this many upper variables, along random ones above
+_TRUSTED = 1e-3  # relative error of a hypergradient that descends as the true one would
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `check_hypergradient` found; prints as a table.
+
+    Attributes:
+        error: Norm of the difference between the estimate and the central differences along the tested
+            directions, relative to the latter.
+        noise: What the central differences themselves are worth: their relative spread on the plateau.
+        estimated: The derivatives that the estimate claims, one a direction.
+        measured: The derivatives by central differences.
+        steps: The step of the plateau of each direction.
+        status: How the estimate was made.
+        verdict: The finding in words.
+    """
+
+    error: float
+    noise: float
+    estimated: tuple[float, ...]
+    measured: tuple[float, ...]
+    steps: tuple[float, ...]
+    status: Status
+    verdict: str
+
+    @property
+    def is_trusted(self) -> bool:
+        """Whether the estimate agrees with the differences to 0.1 %, and these with themselves."""
+        return (
+            self.status is Status.CONVERGED
+            and self.noise <= _TRUSTED
+            and self.error <= max(_TRUSTED, 2.0 * self.noise)
+        )
+
+    def __str__(self) -> str:
+        return table(
+            [
+                ("verdict", self.verdict),
+                ("relative error", f"{self.error:.3g}"),
+                ("noise floor", f"{self.noise:.3g}"),
+                ("directions", str(len(self.measured))),
+                ("estimate", f"{self.status.name}: {self.status.value}"),
+            ]
+        )
+
+
+def check_hypergradient(
+    problem: BilevelProblem, x: Tree, y: Tree, method: Estimator, data: Any = None
+) -> Report:
+    r"""Compare a hypergradient with central differences of the solved lower problem.
+
+    Along each direction d, $(\Phi(x + h d) - \Phi(x - h d)) / 2h$ with $\Phi(x) = F(x, y^*(x))$ is measured for
+    seven steps h around the cube root of the rounding error. Where two neighbors agree best is the plateau
+    between truncation and rounding, and their difference is the noise floor. Above ten upper variables the directions are random.
+
+    Args:
+        problem: The problem.
+        x: Upper variable at which to check.
+        y: Where the lower solves start.
+        method: The estimator to check.
+        data: A `Batch`, or what both objectives get as their third argument.
+
+    Returns:
+        The report.
+
+    Raises:
+        StructureError: `x` or `y` is no tree of floating tensors.
+        ObjectiveError: An objective returns no scalar, or x or y is used by no objective.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> problem = bl.BilevelProblem(
+        ...     upper=lambda x, y, data: ((y - 1.0) ** 2).sum(),
+        ...     lower=lambda x, y, data: ((y - x.exp()) ** 2).sum(),
+        ... )
+        >>> x, y = torch.zeros(2).double(), torch.zeros(2).double()
+        >>> bl.check_hypergradient(problem, x + 1.0, y, bl.Implicit()).is_trusted
+        True
+        >>> bl.check_hypergradient(problem, x + 1.0, y, bl.Unrolled(max_steps=2, lr=0.1)).is_trusted
+        False
+    """
+    check_problem(problem, x, y, data)
+    flat, (u, v), _, _ = ravel(problem, _tree.detach(x), _tree.detach(y))
+    estimate = method.estimate(flat, u, v, data)
+    solved = _solve_lower(flat, u, v, data)
+    if solved is None:
+        message = "no check: the lower problem has no finite solution here"
+        return Report(math.nan, math.inf, (), (), (), estimate.status, message)
+    size = max(1.0, _tree.length(u) / math.sqrt(u.numel()))
+    measured: list[float] = []
+    noises: list[float] = []
+    steps: list[float] = []
+    estimated: list[float] = []
+    for direction in _directions(u):
+        derivative, noise, step = _plateau(flat, u, solved, direction, size, data)
+        measured.append(derivative)
+        noises.append(noise)
+        steps.append(step)
+        estimated.append(float(estimate.grad @ direction))
+    reference = math.hypot(*measured) or 1.0
+    error = math.hypot(*(a - b for a, b in zip(estimated, measured, strict=True))) / reference
+    noise = math.hypot(*noises) / reference
+    verdict = _verdict(error, noise, estimate.status)
+    return Report(
+        error, noise, tuple(estimated), tuple(measured), tuple(steps), estimate.status, verdict
+    )
+
+
+def _verdict(error: float, noise: float, status: Status) -> str:
+    if not noise <= _TRUSTED:
+        return (
+            f"no verdict: the differences agree with each other only to {noise:.2g}. F(x, y*(x)) is noisy or not "
+            "differentiable here; use float64, a smoother objective, or another point"
+        )
+    if error <= max(_TRUSTED, 2.0 * noise):
+        if status is Status.CONVERGED:
+            return f"trusted: agrees to {error:.2g}"
+        return f"agrees to {error:.2g}, but the estimate itself says {status.name}"
+    return (
+        f"not to be trusted: off by {error:.2g} where the differences are good to {noise:.2g}. "
+        "Solve the lower problem further, or choose a less biased method"
+    )
+
+
+def _directions(x: Tensor) -> list[Tensor]:
+    m = x.numel()
+    if m <= _DIRECTIONS:
+        return list(torch.eye(m, dtype=x.dtype, device=x.device))
+    generator = torch.Generator().manual_seed(0)  # the same directions at every call
+    random = torch.randn(_DIRECTIONS, m, generator=generator, dtype=torch.float64).to(x)
+    return [row / _tree.norm(row) for row in random]
+
+
+def _plateau(
+    problem: BilevelProblem, x: Tensor, y: Tensor, direction: Tensor, size: float, data: Any
+) -> tuple[float, float, float]:
+    """The derivative along `direction` where two neighboring steps agree best, their difference, the step."""
+    # The best step for central differences is eps^(1/3): a decade and a half to either side holds it.
+    best_step = torch.finfo(x.dtype).eps ** (1.0 / 3.0)
+    steps = [size * best_step * 10.0 ** (0.5 * i) for i in range(3, -4, -1)]
+    slopes: list[float] = []
+    for h in steps:
+        ends = [_upper_value(problem, x + s * h * direction, y, data) for s in (1.0, -1.0)]
+        slopes.append((ends[0] - ends[1]) / (2.0 * h))
+    spreads = [abs(a - b) for a, b in itertools.pairwise(slopes)]
+    finite = [i for i, spread in enumerate(spreads) if math.isfinite(spread)]
+    if not finite:
+        return math.nan, math.inf, math.nan
+    i = min(finite, key=lambda j: spreads[j])
+    return slopes[i + 1], spreads[i], steps[i + 1]
+
+
+def _upper_value(problem: BilevelProblem, x: Tensor, y: Tensor, data: Any) -> float:
+    solved = _solve_lower(problem, x, y, data)
+    return math.nan if solved is None else float(Oracle(problem, data).upper(x, solved))
+
+
+def _solve_lower(problem: BilevelProblem, x: Tensor, y: Tensor, data: Any) -> Tensor | None:
+    lower = RegularizedLower(Oracle(problem, data), x, 0.0)
+    found = Newton().minimize(lower, lower.evaluate(y))
+    return None if found.status in (Status.LOWER_UNBOUNDED, Status.NONFINITE) else found.point.y

@@ -1,0 +1,16 @@
+"""Hypergradient estimators: one a file."""
+
+from bilevel.estimators._base import Estimate, Estimator, check_problem, hypergradient
+from bilevel.estimators.implicit import Implicit
+from bilevel.estimators.unrolled import Unrolled
+from bilevel.estimators.value_function import ValueFunction
+
+__all__ = [
+    "Estimate",
+    "Estimator",
+    "Implicit",
+    "Unrolled",
+    "ValueFunction",
+    "check_problem",
+    "hypergradient",
+]

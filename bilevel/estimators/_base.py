@@ -1,0 +1,178 @@
+"""What a hypergradient estimator is given, and what it returns."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel import _tree
+from bilevel._autodiff import unused_leaves
+from bilevel._errors import ObjectiveError
+from bilevel._oracle import Oracle
+from bilevel._problem import BilevelProblem, ravel, scalar, split_data
+from bilevel._solution import Evaluations, Status
+from bilevel._types import Tree
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A hypergradient and what is known about it.
+
+    Attributes:
+        grad: The hypergradient, a tree like x.
+        y: The lower variable at which it was taken, a tree like y.
+        value: The upper value whose gradient this is: F(x, y), or phi of the value-function methods.
+        status: CONVERGED, or why the numbers are not to be trusted.
+        info: Measured numbers by name; `lower_residual` is always among them.
+        noise: Rounding error of `value`.
+        memory: What the next estimate nearby can start from.
+        evaluations: What this estimate cost.
+    """
+
+    grad: Tree
+    y: Tree
+    value: float
+    status: Status = Status.CONVERGED
+    info: Mapping[str, float] = field(default_factory=dict[str, float])
+    noise: float = 0.0
+    memory: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    evaluations: Evaluations = field(default_factory=Evaluations)
+
+
+class Estimator(ABC):
+    """Estimates the gradient of the upper value with respect to the upper variable."""
+
+    @abstractmethod
+    def estimate(
+        self,
+        problem: BilevelProblem,
+        x: Tensor,
+        y: Tensor,
+        data: Any = None,
+        memory: Mapping[str, Any] | None = None,
+    ) -> Estimate:
+        """The hypergradient at `x`, for a problem over vectors.
+
+        Args:
+            problem: The problem over vectors (see `bilevel.hypergradient` for trees).
+            x: Upper variable, shape (m,).
+            y: Where the lower solve starts, shape (n,).
+            data: A `Batch`, or what both objectives get as their third argument.
+            memory: `Estimate.memory` of an estimate nearby, or None.
+        """
+
+
+def failed(oracle: Oracle, x: Tensor, y: Tensor, status: Status) -> Estimate:
+    """An estimate without numbers, where `status` says why there are none."""
+    return Estimate(
+        grad=torch.full_like(x, math.nan),
+        y=y,
+        value=math.inf,
+        status=status,
+        info={"lower_residual": math.inf},
+        evaluations=oracle.evaluations,
+    )
+
+
+def hypergradient(
+    problem: BilevelProblem, x: Tree, y: Tree, method: Estimator, data: Any = None
+) -> Estimate:
+    r"""The hypergradient $d F(x, y^*(x)) / dx$ at `x`, by `method`.
+
+    The lower problem is solved from `y` by the method's own minimizer, so that `Estimate.y` is
+    (an approximation of) $y^*(x)$; nothing that is passed in is modified.
+
+    Args:
+        problem: The problem.
+        x: Upper variable.
+        y: Where the lower solve starts.
+        method: The estimator, e.g. `Implicit()`.
+        data: A `Batch`, or what both objectives get as their third argument.
+
+    Returns:
+        The estimate; `Estimate.status` says whether it is to be trusted.
+
+    Raises:
+        StructureError: `x` or `y` is no tree of floating tensors.
+        ObjectiveError: An objective returns no scalar, or x or y is used by no objective.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> problem = bl.BilevelProblem(
+        ...     upper=lambda x, y, data: 0.5 * ((y - 1.0) ** 2).sum(),
+        ...     lower=lambda x, y, data: 0.5 * ((y - 3.0 * x) ** 2).sum(),
+        ... )
+        >>> bl.hypergradient(problem, torch.ones(1), torch.zeros(1), method=bl.Implicit()).grad
+        tensor([6.])
+    """
+    check_problem(problem, x, y, data)
+    flat, (x_vector, y_vector), unravel_x, unravel_y = ravel(
+        problem, _tree.detach(x), _tree.detach(y)
+    )
+    estimate = method.estimate(flat, x_vector, y_vector, data)
+    return replace(estimate, grad=unravel_x(estimate.grad), y=unravel_y(estimate.y))
+
+
+def check_problem(problem: BilevelProblem, x: Tree, y: Tree, data: Any) -> None:
+    """Raises where the variables, or the way in which the objectives use them, cannot be right.
+
+    Raises:
+        StructureError: `x` or `y` is no tree of floating tensors.
+        ObjectiveError: An objective returns no scalar, f ignores a part of y, or both objectives
+            ignore a part of x.
+    """
+    _tree.check_variable(x, "x0")
+    _tree.check_variable(y, "y0")
+    parts = split_data(data)
+
+    def lower(u: Tree, v: Tree) -> Tensor:
+        value = problem.lower(u, v, parts.lower)
+        return value.mean() if problem.per_sample else scalar(value, "lower")
+
+    try:
+        unused_in_upper = unused_leaves(
+            lambda u, v: scalar(problem.upper(u, v, parts.upper), "upper"), x, y
+        )
+        unused_in_lower = unused_leaves(lower, x, y)
+    except RuntimeError as error:
+        shapes = f"x0 {_shapes(x)}, y0 {_shapes(y)}"
+        error.add_note(
+            f"While calling the objectives of the BilevelProblem for the first time, with {shapes}."
+        )
+        raise
+    if unused_in_lower[1]:
+        raise ObjectiveError(
+            "`BilevelProblem(lower=...)` must depend on every leaf of y. "
+            f"Got no dependence on {_leaf_names('y0', y, unused_in_lower[1])}. "
+            "Use it in the lower objective, or leave it out of y0."
+        )
+    nowhere = [i for i in unused_in_upper[0] if i in unused_in_lower[0]]
+    if nowhere:
+        raise ObjectiveError(
+            "The objectives must depend on every leaf of x. "
+            f"Got no dependence of either on {_leaf_names('x0', x, nowhere)}. "
+            "Use it in `upper` or `lower` (without `.detach()` or `.item()`), or leave it out of x0."
+        )
+    if len(unused_in_upper[1]) == len(_tree.leaves(y)):
+        raise ObjectiveError(
+            "`BilevelProblem(upper=...)` must depend on y. Got no dependence on any leaf of y0. "
+            "Without it the problem has one level: minimize `upper` over x with any optimizer."
+        )
+
+
+def _shapes(tree: Tree) -> str:
+    return ", ".join(
+        f"{name}{tuple(leaf.shape)}"
+        for name, leaf in zip(_tree.names(tree), _tree.leaves(tree), strict=True)
+    )
+
+
+def _leaf_names(variable: str, tree: Tree, indices: list[int]) -> str:
+    names = _tree.names(tree)
+    return ", ".join(f"`{variable}{names[i]}`" for i in indices)

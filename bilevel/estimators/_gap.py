@@ -1,0 +1,205 @@
+r"""The two functions of y that the value-function methods minimize, with their curvature.
+
+z minimizes $f + \tfrac{\mu}{2}|\cdot|^2$ (Eq. 14); y minimizes
+$\pm F + P_\sigma(f - v) + \tfrac{\theta}{2}|\cdot|^2$ (Eq. 15).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from bilevel import _tree
+from bilevel._oracle import Oracle
+from bilevel.barriers import Barrier
+from bilevel.optim._base import Point, SmoothFunction
+
+
+class AtZ(NamedTuple):
+    """What the lower objective knows at a point."""
+
+    lower: float  # f(x, z)
+    lower_x: Tensor  # its gradient in x, (m,)
+    losses: Tensor | None  # its losses by sample, (n,), where the problem is per_sample
+
+
+class RegularizedLower(SmoothFunction):
+    """`f(x, .) + mu/2 |.|^2` at fixed x."""
+
+    def __init__(
+        self, oracle: Oracle, x: Tensor, mu: float, lower_hessian: Tensor | None = None
+    ) -> None:
+        self._oracle, self._x, self._mu = oracle, x, mu
+        self.lower_hessian = lower_hessian
+
+    def evaluate(self, y: Tensor) -> Point:
+        value, lower_x, grad = self._oracle.lower_grad(self._x, y)
+        lower = float(value)
+        return Point(
+            y,
+            lower + 0.5 * self._mu * float(y @ y),
+            grad + self._mu * y,
+            noise=torch.finfo(y.dtype).eps * abs(lower),
+            extra=AtZ(lower, lower_x, self._oracle.losses),
+        )
+
+    @property
+    def has_hessian(self) -> bool:
+        return self.lower_hessian is not None
+
+    def refresh(self, point: Point) -> None:
+        self.lower_hessian = self._oracle.linearized(self._x, point.y).hessian()
+
+    def hessian(self, point: Point) -> Tensor:
+        if self.lower_hessian is None:
+            self.refresh(point)
+        return _plus_diagonal(self.lower_hessian, self._mu)
+
+    def hvp(self, point: Point) -> Callable[[Tensor], Tensor]:
+        linear = self._oracle.linearized(self._x, point.y)
+        return lambda v: linear.hvp(v) + self._mu * v
+
+
+class Parameters(Protocol):
+    """The numbers of Eq. 15 that a value-function method fixes."""
+
+    @property
+    def mu(self) -> float: ...
+    @property
+    def epsilon(self) -> float: ...
+    @property
+    def sigma(self) -> float: ...
+    @property
+    def theta(self) -> float | None: ...
+    @property
+    def barrier(self) -> Barrier: ...
+    @property
+    def pessimistic(self) -> bool: ...
+
+
+class AtY(NamedTuple):
+    """What the gap function knows at a strictly feasible point."""
+
+    upper: float  # F(x, y)
+    lower: float  # f(x, y)
+    gap: float  # f(x, y) - f(x, z)
+    zeta: float  # f(x, y) - v(x), negative inside
+    multiplier: float  # lambda = P'(zeta)
+    curvature: float  # P''(zeta)
+    upper_x: Tensor  # gradient of F in x, (m,)
+    lower_x: Tensor  # gradient of f in x, (m,)
+    gap_y: Tensor  # gradient of zeta in y, (n,)
+    upper_y_norm: float
+
+
+class GapFunction(SmoothFunction):
+    r"""`sign F + P(zeta) + theta/2 |y|^2` at fixed x, infinite where zeta >= 0.
+
+    zeta is $f(x,y) - v(x)$; with `theta=None` it is $f(x,y) + \tfrac{\mu}{2}|y|^2 - v(x)$, whose
+    stationary points are those of $\theta = \lambda \mu$.
+    """
+
+    def __init__(
+        self,
+        oracle: Oracle,
+        x: Tensor,
+        parameters: Parameters,
+        z: Point,
+        hessians: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self._oracle, self._x, self._p, self._z = oracle, x, parameters, z
+        self.hessians = dict(hessians or {})
+        self.sign = -1.0 if parameters.pessimistic else 1.0
+        self._in_gap = parameters.mu if parameters.theta is None else 0.0
+        self._theta = parameters.theta or 0.0
+        #: v(x) - f(x, z), less what the regularization of the gap takes from it at z
+        self.slack = parameters.epsilon + 0.5 * (parameters.mu - self._in_gap) * float(z.y @ z.y)
+
+    def _zeta(self, y: Tensor, at: AtZ) -> tuple[float, float]:
+        """The gap f(x, y) - f(x, z), sample by sample where it can be, and zeta."""
+        z: AtZ = self._z.extra
+        if at.losses is not None and z.losses is not None:
+            gap = float((at.losses.double() - z.losses.double()).mean())
+        else:
+            gap = at.lower - z.lower
+        square = 0.5 * float((y - self._z.y) @ (y + self._z.y))  # (|y|^2 - |z|^2) / 2
+        return gap, gap + self._in_gap * square - self.slack
+
+    def regularized_gap(self, point: Point) -> float:
+        """How far y is above z in the function that z minimizes."""
+        at: AtY = point.extra
+        return at.gap + 0.5 * self._p.mu * float((point.y - self._z.y) @ (point.y + self._z.y))
+
+    def well_inside(self, point: Point) -> bool:
+        """Whether a point of `RegularizedLower` uses at most half of the slack."""
+        return self._zeta(point.y, point.extra)[1] <= -0.5 * self.slack
+
+    def evaluate(self, y: Tensor) -> Point:
+        value, lower_x, lower_y = self._oracle.lower_grad(self._x, y)
+        lower = float(value)
+        gap, zeta = self._zeta(y, AtZ(lower, lower_x, self._oracle.losses))
+        if not zeta < 0.0:
+            return Point(y, math.inf, lower_y)
+        z, sigma = torch.tensor(zeta, dtype=torch.float64), self._p.sigma
+        multiplier = float(self._p.barrier.derivative(z, sigma))
+        value, upper_x, upper_y = self._oracle.upper_grad(self._x, y)
+        upper = float(value)
+        gap_y = lower_y + self._in_gap * y
+        total = (
+            self.sign * upper
+            + float(self._p.barrier.value(z, sigma))
+            + 0.5 * self._theta * float(y @ y)
+        )
+        rounding = abs(upper) + multiplier * (abs(lower) + abs(self._z.extra.lower))
+        return Point(
+            y,
+            total,
+            self.sign * upper_y + multiplier * gap_y + self._theta * y,
+            noise=torch.finfo(y.dtype).eps * rounding,
+            extra=AtY(
+                upper,
+                lower,
+                gap,
+                zeta,
+                multiplier,
+                float(self._p.barrier.second_derivative(z, sigma)),
+                upper_x,
+                lower_x,
+                gap_y,
+                _tree.length(upper_y),
+            ),
+        )
+
+    @property
+    def has_hessian(self) -> bool:
+        return bool(self.hessians)
+
+    def refresh(self, point: Point) -> None:
+        self.hessians = {
+            "upper": self._oracle.linearized(self._x, point.y, upper=1.0, lower=0.0).hessian(),
+            "lower": self._oracle.linearized(self._x, point.y).hessian(),
+        }
+
+    def hessian(self, point: Point) -> Tensor:
+        if not self.hessians:
+            self.refresh(point)
+        at: AtY = point.extra
+        smooth = self.sign * self.hessians["upper"] + at.multiplier * self.hessians["lower"]
+        rank_one = at.curvature * torch.outer(at.gap_y, at.gap_y)
+        return _plus_diagonal(smooth + rank_one, self._theta + at.multiplier * self._in_gap)
+
+    def hvp(self, point: Point) -> Callable[[Tensor], Tensor]:
+        at: AtY = point.extra
+        linear = self._oracle.linearized(self._x, point.y, upper=self.sign, lower=at.multiplier)
+        ridge = self._theta + at.multiplier * self._in_gap
+        return lambda v: linear.hvp(v) + at.curvature * (at.gap_y @ v) * at.gap_y + ridge * v
+
+
+def _plus_diagonal(matrix: Tensor | None, value: float) -> Tensor:
+    if matrix is None:
+        raise RuntimeError("a Hessian was asked for before it was measured")
+    return matrix + value * torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)

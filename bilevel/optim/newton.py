@@ -1,0 +1,179 @@
+"""Newton's method, with a Hessian that is kept as long as it serves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel import _tree
+from bilevel._solution import Status
+from bilevel.optim._base import Minimizer, Minimum, Point, SmoothFunction
+
+linalg: Any = torch.linalg  # its stubs are untyped
+_SUFFICIENT_DECREASE = 1e-4  # Armijo's constant
+_HALVINGS = 40  # 2^-40 of a Newton step is no step
+_REUSE = 0.2  # keep an old Hessian while each step reduces the gradient at least fivefold
+_POLISH = 5  # steps that may sharpen the gradient where the value has no digits left to lose
+_UNBOUNDED = 1e10  # growth of |y| at which a minimum is not believed to exist
+
+
+@dataclass(frozen=True)
+class Newton(Minimizer):
+    r"""Newton's method with a line search, for small and medium dense problems and large smooth ones.
+
+    Up to `dense_limit` variables the step solves $H d = -\nabla f$ by Cholesky, or with
+    the absolute eigenvalues of H where H is indefinite, and H is measured again only when the
+    gradient no longer shrinks fivefold a step. Above it, conjugate gradients solve for the step with
+    Hessian-vector products and stop at negative curvature. A step is no longer than
+    $\sqrt n \max(1, \mathrm{rms}(y))$, so that a nearly singular Hessian cannot throw y out of its basin.
+
+    Attributes:
+        max_steps: Steps at most, > 0.
+        dense_limit: Largest n whose Hessian is formed, >= 0.
+        cg_steps: Products at most in one step above `dense_limit`, > 0.
+
+    Raises:
+        ValueError: A parameter is out of its range.
+
+    References:
+        Nocedal and Wright, Numerical Optimization (2006), algorithms 3.2 and 7.1.
+    """
+
+    max_steps: int = 100
+    dense_limit: int = 256
+    cg_steps: int = 200
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_steps", 1), ("dense_limit", 0), ("cg_steps", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"`Newton({name}=...)` must be at least {least}. Got {name}={getattr(self, name)}. Raise it."
+                )
+
+    def minimize(
+        self,
+        fun: SmoothFunction,
+        start: Point,
+        tol: float = 0.0,
+        *,
+        stop: Callable[[Point], bool] | None = None,
+    ) -> Minimum:
+        """See `Minimizer.minimize`."""
+        point, y = start, start.y
+        if not math.isfinite(point.value):
+            return Minimum(point, math.inf, Status.NONFINITE, 0)
+        eps = torch.finfo(y.dtype).eps
+        dense = y.numel() <= self.dense_limit
+        bound = _UNBOUNDED * (1.0 + _tree.length(y))
+        fresh = stale = False  # fresh: the Hessian is this point's own; stale: it no longer serves
+        residual = _tree.length(point.grad)
+        polished = 0
+        for step in range(self.max_steps):
+            if not math.isfinite(residual):
+                return Minimum(point, residual, Status.NONFINITE, step)
+            if residual <= tol or (stop is not None and stop(point)):
+                return Minimum(point, residual, Status.CONVERGED, step)
+            if dense and (stale or not fun.has_hessian):
+                fun.refresh(point)
+                fresh, stale = True, False
+            direction = (
+                _dense_direction(fun.hessian(point), point.grad)
+                if dense
+                else _cg_direction(fun.hvp(point), point.grad, self.cg_steps)
+            )
+            direction = _capped(direction, point.y)
+            # What the value can still lose, against the rounding error of what it lost so far.
+            noise = 16.0 * max(point.noise, eps * (start.value - point.value))
+            settled = -0.5 * float(direction @ point.grad) <= noise
+            polished += settled
+            new = _line_search(fun, point, direction, noise) if polished <= _POLISH else None
+            if new is None:
+                if dense and not fresh and polished <= _POLISH:
+                    stale = True
+                    continue
+                return Minimum(
+                    point, residual, Status.CONVERGED if settled else Status.STALLED, step
+                )
+            before, residual = residual, _tree.length(new.grad)
+            stale = dense and residual > _REUSE * before
+            fresh = False
+            point = new
+            if not _tree.length(point.y) < bound:
+                return Minimum(point, residual, Status.LOWER_UNBOUNDED, step + 1)
+        done = residual <= tol or (stop is not None and stop(point))
+        return Minimum(
+            point, residual, Status.CONVERGED if done else Status.MAX_STEPS, self.max_steps
+        )
+
+
+def _capped(direction: Tensor, y: Tensor) -> Tensor:
+    rms = _tree.length(y) / math.sqrt(y.numel())
+    limit = math.sqrt(y.numel()) * max(1.0, rms)
+    length = _tree.length(direction)
+    return direction if length <= limit else direction * (limit / length)
+
+
+def _dense_direction(hessian: Tensor, grad: Tensor) -> Tensor:
+    factor, info = linalg.cholesky_ex(hessian)
+    if int(info) == 0:
+        return -torch.cholesky_solve(grad[:, None], factor)[:, 0]
+    values, vectors = linalg.eigh(hessian)
+    size = values.abs()
+    floor = float(size.max()) * math.sqrt(torch.finfo(grad.dtype).eps)
+    if floor == 0.0:
+        return -grad
+    return -(vectors @ ((vectors.T @ grad) / size.clamp(min=floor)))
+
+
+def _cg_direction(hvp: Callable[[Tensor], Tensor], grad: Tensor, max_steps: int) -> Tensor:
+    """Conjugate gradients on `H d = -grad`, stopped early far from the minimum and at negative curvature."""
+    d = torch.zeros_like(grad)
+    r = -grad
+    p = r
+    rr = float(r @ r)
+    norm = math.sqrt(rr)
+    target = min(0.1, norm**0.5) * norm
+    for _ in range(max_steps):
+        hp = hvp(p)
+        curvature = float(p @ hp)
+        if not curvature > 0.0:  # also where it is NaN
+            return d if bool(d.any()) else -grad
+        alpha = rr / curvature
+        d = d + alpha * p
+        r = r - alpha * hp
+        rr_new = float(r @ r)
+        if math.sqrt(rr_new) <= target:
+            break
+        p = r + (rr_new / rr) * p
+        rr = rr_new
+    return d
+
+
+def _line_search(
+    fun: SmoothFunction, point: Point, direction: Tensor, noise: float
+) -> Point | None:
+    """The first of the steps 1, 1/2, 1/4, ... that decreases the function, or None.
+
+    Where the decrease drowns in the rounding error of the value, a step that halves the gradient counts.
+    """
+    slope = float(direction @ point.grad)
+    if not slope < 0.0:
+        return None
+    size = _tree.length(point.grad)
+    t = 1.0
+    for _ in range(_HALVINGS):
+        new = fun.evaluate(point.y + t * direction)
+        if new.value <= point.value + _SUFFICIENT_DECREASE * t * slope:
+            return new
+        if new.value <= point.value + noise:
+            if _tree.length(new.grad) <= 0.5 * size:
+                return new
+            if -slope * t <= noise:
+                return None
+        t *= 0.5
+    return None

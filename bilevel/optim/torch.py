@@ -1,0 +1,131 @@
+"""Any optimizer of `torch.optim`, used without side effects."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel import _tree
+from bilevel._solution import Status
+from bilevel._types import Schedule
+from bilevel.optim._base import Minimizer, Minimum, Point, SmoothFunction
+
+
+@dataclass(frozen=True, init=False)
+class Torch(Minimizer):
+    """An optimizer of `torch.optim` as a pure function: variables and memory in, new ones out.
+
+    The optimizer's own state travels in the solver's `State`, so that a saved run goes on exactly.
+
+    Attributes:
+        optimizer: The class, or any callable `(params, lr=..., **options) -> torch.optim.Optimizer`.
+        lr: Learning rate: a number > 0, or a schedule of the step.
+        max_steps: Steps where it minimizes a lower problem for an estimator, > 0.
+        options: The remaining keyword arguments, e.g. `betas`.
+
+    Raises:
+        TypeError: `optimizer` is not callable, or an instance instead of a class.
+        ValueError: A number is out of its range.
+
+    Example:
+        >>> import bilevel as bl
+        >>> adam = bl.optim.Torch(torch.optim.Adam, lr=0.1)
+        >>> (x,), memory = adam.step([torch.ones(1)], [torch.ones(1)], adam.init([torch.ones(1)]))
+        >>> x
+        tensor([0.9000])
+    """
+
+    optimizer: Callable[..., torch.optim.Optimizer]
+    lr: float | Schedule
+    max_steps: int
+    options: Mapping[str, Any]
+
+    def __init__(
+        self,
+        optimizer: Callable[..., torch.optim.Optimizer],
+        *,
+        lr: float | Schedule,
+        max_steps: int = 100,
+        **options: Any,
+    ) -> None:
+        if isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer):
+            raise TypeError(
+                f"`Torch(optimizer=...)` must be a class of `torch.optim`. Got {type(optimizer).__name__}. "
+                "Pass the class and its arguments, e.g. `Torch(torch.optim.Adam, lr=1e-3)`."
+            )
+        if optimizer is torch.optim.LBFGS:
+            raise TypeError(
+                "`Torch(optimizer=...)` must be an optimizer that steps on a given gradient. Got LBFGS, which "
+                "calls the objective itself. Use `bilevel.optim.QuasiNewton()` or `Newton()`."
+            )
+        if not callable(lr) and not (lr > 0.0 and math.isfinite(lr)):
+            raise ValueError(
+                f"`Torch(lr=...)` must be a finite number > 0 or a schedule. Got lr={lr}. Use e.g. 1e-3."
+            )
+        if max_steps < 1:
+            raise ValueError(
+                f"`Torch(max_steps=...)` must be at least 1. Got max_steps={max_steps}. Raise it."
+            )
+        for name, value in (
+            ("optimizer", optimizer),
+            ("lr", lr),
+            ("max_steps", max_steps),
+            ("options", options),
+        ):
+            object.__setattr__(self, name, value)
+
+    def rate(self, count: int) -> float:
+        """The learning rate of step number `count`."""
+        return self.lr(count) if callable(self.lr) else self.lr
+
+    def init(self, variables: Sequence[Tensor]) -> dict[str, Any]:
+        """The memory before the first step."""
+        return {"count": 0, "slots": [{} for _ in variables]}
+
+    def step(
+        self, variables: Sequence[Tensor], grads: Sequence[Tensor], memory: Mapping[str, Any]
+    ) -> tuple[list[Tensor], dict[str, Any]]:
+        """New variables and memory after one step along `grads`; the arguments stay as they are."""
+        new = [leaf.detach().clone() for leaf in variables]
+        optimizer = self.optimizer(new, lr=self.rate(memory["count"]), **self.options)
+        for leaf, grad, slot in zip(new, grads, memory["slots"], strict=True):
+            leaf.grad = grad
+            if slot:
+                optimizer.state[leaf] = {
+                    k: v.clone() if isinstance(v, Tensor) else v for k, v in slot.items()
+                }
+        optimizer.step()
+        for leaf in new:
+            leaf.grad = None
+        return new, {
+            "count": memory["count"] + 1,
+            "slots": [dict(optimizer.state[leaf]) for leaf in new],
+        }
+
+    def minimize(
+        self,
+        fun: SmoothFunction,
+        start: Point,
+        tol: float = 0.0,
+        *,
+        stop: Callable[[Point], bool] | None = None,
+    ) -> Minimum:
+        """See `Minimizer.minimize`."""
+        point = start
+        memory = self.init([start.y])
+        for count in range(self.max_steps + 1):
+            residual = _tree.length(point.grad)
+            if not (math.isfinite(point.value) and math.isfinite(residual)):
+                return Minimum(point, residual, Status.NONFINITE, count)
+            if residual <= tol or (stop is not None and stop(point)):
+                return Minimum(point, residual, Status.CONVERGED, count)
+            if count == self.max_steps:
+                break
+            (y,), memory = self.step([point.y], [point.grad], memory)
+            point = fun.evaluate(y)
+        return Minimum(point, residual, Status.MAX_STEPS, self.max_steps)

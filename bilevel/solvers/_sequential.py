@@ -1,0 +1,209 @@
+"""ASBLO on the full batch: a sequence of unconstrained problems, each solved to its tolerance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bilevel import _tree
+from bilevel._problem import BilevelProblem, ravel
+from bilevel._solution import Evaluations, State, Status
+from bilevel._types import Projection, Tree
+from bilevel.estimators._base import Estimate
+from bilevel.estimators.value_function import ValueFunction
+from bilevel.optim._base import Minimizer, Point
+from bilevel.optim.quasi_newton import QuasiNewton
+from bilevel.solvers._scales import Scales, measure
+
+_STAGE_TOL = (
+    1e-3  # predicted decrease of phi at which a stage is solved, in units of F times epsilon
+)
+_GAP_TOL = 1e-6  # largest value gap of an answer, in units of f
+_ROUNDING = 100.0  # the slack stays this many times above the rounding error of f
+
+
+class Sequence(NamedTuple):
+    """The sequence of approximations that `ASBLO` walks along.
+
+    Attributes:
+        stage: The approximation number k in the units of the problem.
+        epsilon: Its slack in units of f.
+        minimizer: Finds z and y.
+        optimizer: Takes the upper steps.
+        rtol: Estimated relative error of x at which the walk ends.
+        pessimistic: Whether y maximizes F.
+    """
+
+    stage: Callable[[int, float, float, float], ValueFunction]
+    epsilon: Callable[[int], float]
+    minimizer: Minimizer
+    optimizer: QuasiNewton
+    rtol: float
+    pessimistic: bool
+
+
+def init(sequence: Sequence, problem: BilevelProblem, x0: Tree, y0: Tree) -> State:
+    """Measure the units and stand at the start of the path."""
+    flat, (x, y), unravel_x, unravel_y = ravel(problem, x0, y0)
+    scales: Scales = measure(flat, x, y, sequence.minimizer, pessimistic=sequence.pessimistic)
+    return State(
+        x=unravel_x(scales.x),
+        y=unravel_y(scales.y),
+        status=scales.status,
+        message="" if scales.status is Status.RUNNING else f"{scales.status.value} (at x0)",
+        memory={
+            "stage": 0,
+            "units": [scales.lower, scales.upper, scales.square],
+            "quasi_newton": sequence.optimizer.init(x),
+            "warm": {"z": scales.z},
+        },
+        evaluations=scales.evaluations,
+    )
+
+
+def step(sequence: Sequence, problem: BilevelProblem, state: State) -> State:
+    """One quasi-Newton step on phi_k; where that solves stage k, the next stage begins."""
+    flat, (x, y), unravel_x, unravel_y = ravel(problem, state.x, state.y)
+    memory = dict(state.memory)
+    k: int = memory["stage"]
+    method = sequence.stage(k, *memory["units"])
+    spent = Evaluations()
+
+    def evaluate(u: Tensor) -> Point:
+        nonlocal spent
+        estimate = method.estimate(flat, u, y, None, memory["warm"])
+        spent = spent + estimate.evaluations
+        return Point(u, estimate.value, estimate.grad, estimate.noise, estimate)
+
+    start = memory.pop("next_x", x)  # present where a stage begins
+    point = _recalled(x, y, memory) if "phi" in memory else evaluate(start)
+    if not math.isfinite(point.value):
+        status = point.extra.status
+        return replace(
+            state,
+            status=status,
+            message=f"{status.value} (in stage {k})",
+            evaluations=state.evaluations + spent,
+        )
+    tol = _STAGE_TOL * sequence.epsilon(k) * memory["units"][1]
+    stuck = False
+    if not _is_solved(sequence.optimizer, point, memory, flat.domain, tol):
+        memory["warm"], y = point.extra.memory, point.extra.y
+        new, quasi_newton = sequence.optimizer.step(
+            evaluate, point, memory["quasi_newton"], flat.domain
+        )
+        # Without a step along the quasi-Newton direction, the next try is along the gradient.
+        stuck = new is None and memory["quasi_newton"]["steps"].shape[0] == 0
+        memory["quasi_newton"] = quasi_newton
+        point = new or point
+    estimate: Estimate = point.extra
+    x, y = point.y, estimate.y
+    memory["warm"] = estimate.memory
+    memory["phi"] = {
+        "value": point.value,
+        "grad": point.grad,
+        "noise": point.noise,
+        "info": dict(estimate.info),
+    }
+    status, message = Status.RUNNING, ""
+    if stuck or _is_solved(sequence.optimizer, point, memory, flat.domain, tol):
+        status, message = _close_stage(sequence, x, estimate, memory, flat.domain)
+    return State(
+        x=unravel_x(x),
+        y=unravel_y(y),
+        step=state.step + 1,
+        status=status,
+        message=message,
+        metrics={
+            **estimate.info,
+            "phi": point.value,
+            "stage": k,
+            "sigma": method.sigma,
+            "mu": method.mu,
+            "epsilon": method.epsilon,
+        },
+        memory=memory,
+        evaluations=state.evaluations + spent,
+    )
+
+
+def _recalled(x: Tensor, y: Tensor, memory: dict[str, Any]) -> Point:
+    phi = memory["phi"]
+    estimate = Estimate(
+        phi["grad"], y, phi["value"], info=phi["info"], noise=phi["noise"], memory=memory["warm"]
+    )
+    return Point(x, estimate.value, estimate.grad, estimate.noise, estimate)
+
+
+def _is_solved(
+    optimizer: QuasiNewton,
+    point: Point,
+    memory: dict[str, Any],
+    domain: Projection | None,
+    tol: float,
+) -> bool:
+    """Whether the quasi-Newton model predicts no decrease of phi worth a step."""
+    if not bool(point.grad.any()):
+        return True
+    if memory["quasi_newton"]["steps"].shape[0] == 0:
+        return False
+    direction = optimizer.direction(point, memory["quasi_newton"], domain)
+    return -0.5 * float(direction @ point.grad) <= max(tol, point.noise)
+
+
+def _close_stage(
+    sequence: Sequence,
+    x: Tensor,
+    estimate: Estimate,
+    memory: dict[str, Any],
+    domain: Projection | None,
+) -> tuple[Status, str]:
+    """End the walk, or set the memory for the next stage.
+
+    The error of x is O(1/lambda), so that two stages with multipliers lambda' < lambda tell how much is left:
+    |x - x'| r / (1 - r), r = lambda'/lambda. The same line predicts where the next stage's solution lies.
+    """
+    k, units = memory["stage"], memory["units"]
+    path: list[Any] = memory.get("path", [])
+    memory["path"] = [*path[-1:], {"x": x, "multiplier": estimate.info["multiplier"]}]
+    size = max(_tree.length(x), 1e-3 * math.sqrt(x.numel()))
+    if len(memory["path"]) == 2:
+        before = memory["path"][0]
+        ratio = before["multiplier"] / estimate.info["multiplier"]
+        if ratio < 1.0:
+            left = sequence.optimizer.direction(
+                Point(x, estimate.value, estimate.grad), memory["quasi_newton"], domain
+            )
+            error = _tree.length(x - before["x"]) * ratio / (1.0 - ratio)
+            error += _tree.length(left)
+            if error <= sequence.rtol * size and estimate.info["value_gap"] <= _GAP_TOL * units[0]:
+                return _verdict(estimate, f"estimated error of x {error:.2g} after {k + 1} stages")
+    resolution = torch.finfo(x.dtype).eps * max(abs(estimate.info["lower"]), units[0])
+    if sequence.epsilon(k + 1) * units[0] < _ROUNDING * resolution:
+        return _verdict(estimate, f"the slack reached the rounding error of f after {k + 1} stages")
+    del memory["phi"]
+    memory["stage"] = k + 1
+    if len(memory["path"]) == 2:
+        shift = (x - memory["path"][0]["x"]) * _extrapolation(sequence, k, memory["path"])
+        memory["next_x"] = x + shift if domain is None else domain(x + shift)
+    return Status.RUNNING, ""
+
+
+def _extrapolation(sequence: Sequence, k: int, path: list[Any]) -> float:
+    """How far along x - x' the next solution lies, by the line in 1/lambda through the last two."""
+    before, now = 1.0 / path[0]["multiplier"], 1.0 / path[1]["multiplier"]
+    if not now < before:
+        return 0.0
+    following = now * math.sqrt(sequence.epsilon(k + 1) / sequence.epsilon(k))
+    return min(1.0, (now - following) / (before - now))
+
+
+def _verdict(estimate: Estimate, message: str) -> tuple[Status, str]:
+    if estimate.status is Status.CONVERGED:
+        return Status.CONVERGED, message
+    return estimate.status, f"{estimate.status.value}; {message}"

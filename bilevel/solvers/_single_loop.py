@@ -1,0 +1,195 @@
+"""ASBLO on mini-batches: one loop, first derivatives only, three passes a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bilevel import _tree
+from bilevel._oracle import Oracle
+from bilevel._problem import BilevelProblem
+from bilevel._solution import State, Status
+from bilevel._types import Schedule, Tree
+from bilevel.barriers import Barrier, relaxed
+from bilevel.optim.torch import Torch
+
+_AVERAGING = 0.9  # of the gap over the batches: one batch alone says next to nothing about it
+_RELAXATION = (
+    0.1  # of the slack: nearer to the border than this the barrier is continued by a parabola
+)
+
+
+class SingleLoop(NamedTuple):
+    """What the single loop takes from `ASBLO`, its schedules in the units of the problem."""
+
+    mu: Schedule
+    theta: Schedule | None
+    sigma: Schedule
+    epsilon: Schedule
+    barrier: Callable[[float], Barrier]
+    pessimistic: bool
+    value_steps: int
+    lower_steps: int
+    value_optimizer: Torch
+    lower_optimizer: Torch
+    upper_optimizer: Torch
+    multiplier: str
+    max_multiplier: float
+
+
+def init(loop: SingleLoop, problem: BilevelProblem, x0: Tree, y0: Tree, data: Any) -> State:
+    """Measure the units on the first batch, and start y and z at y0."""
+    x, y = _tree.detach(x0), _tree.detach(y0)
+    oracle = Oracle(problem, data)
+    _, upper_y = oracle.upper_grad_y(x, y)
+    _, lower_y = oracle.lower_grad_y(x, y)
+    square = float(_tree.vdot(y, y)) or float(_tree.size(y))
+    pull, push = (float(_tree.norm(g)) * math.sqrt(square) for g in (upper_y, lower_y))
+    finite = math.isfinite(pull) and math.isfinite(push)
+    return State(
+        x=x,
+        y=y,
+        status=Status.RUNNING if finite else Status.NONFINITE,
+        message="" if finite else f"{Status.NONFINITE.value} (at x0, y0)",
+        memory={
+            "z": _tree.detach(y0),
+            "units": [push or pull or 1.0, pull or push or 1.0, square],
+            "optimizers": {
+                "z": loop.value_optimizer.init(_tree.leaves(y)),
+                "y": loop.lower_optimizer.init(_tree.leaves(y)),
+                "x": loop.upper_optimizer.init(_tree.leaves(x)),
+            },
+        },
+        evaluations=oracle.evaluations,
+    )
+
+
+def step(loop: SingleLoop, problem: BilevelProblem, state: State, data: Any) -> State:
+    r"""One step of z, y and x on one batch.
+
+    The gradients of all three come from three passes at the same point: f(x, z), f(x, y) and F(x, y).
+    f(x, y) and f(x, z) see the same batch, so that its noise cancels in their difference.
+    """
+    k = state.step
+    lower_unit, upper_unit, square = state.memory["units"]
+    mu = loop.mu(k) * lower_unit / square
+    epsilon, sigma = loop.epsilon(k) * lower_unit, loop.sigma(k) * upper_unit
+    barrier = loop.barrier(lower_unit)
+    oracle = Oracle(problem, data)
+    sign = -1.0 if loop.pessimistic else 1.0
+    optimizers = dict(state.memory["optimizers"])
+    x, y, z = state.x, state.y, state.memory["z"]
+
+    for _ in range(loop.value_steps - 1):  # z <- z - alpha (grad f + mu z), Eq. 14
+        _, lower_z = oracle.lower_grad_y(x, z)
+        z, optimizers["z"] = _moved(
+            loop.value_optimizer, z, _tree.axpy(mu, z, lower_z), optimizers["z"]
+        )
+    value_z, lower_x_at_z, lower_z = oracle.lower_grad(x, z)
+    losses_z = oracle.losses
+    slack = epsilon + 0.5 * mu * _tree.vdot(z, z)  # v(x) - f(x, z): known without a batch
+    average: Tensor | None = state.memory.get("gap")
+
+    def pull(value_y: Tensor, upper_y: Tree, lower_y: Tree) -> tuple[Tensor, Tree]:
+        """The multiplier, and the gradient in y of Eq. 15 in units of its curvature."""
+        nonlocal average
+        batch_gap = _mean_difference(value_y, value_z, oracle.losses, losses_z)
+        average = (
+            batch_gap if average is None else _AVERAGING * average + (1.0 - _AVERAGING) * batch_gap
+        )
+        weight, curvature = _multiplier(loop, barrier, average, slack, sigma)
+        weight = weight.clamp(max=loop.max_multiplier * upper_unit / lower_unit)
+        theta = weight * mu if loop.theta is None else loop.theta(k) * upper_unit / square
+        grad = _tree.axpy(
+            weight, lower_y, _tree.axpy(theta, y, _tree.axpy(sign, upper_y, _tree.zeros_like(y)))
+        )
+        # alpha_y = 1 / (L_F + lambda L_f + P'' |grad f|^2), with L_F = 1 / lr_y and L_f = 1 / lr_z
+        rate_y, rate_z = loop.lower_optimizer.rate(k), loop.value_optimizer.rate(k)
+        stiffness = (
+            1.0 + weight * (rate_y / rate_z) + rate_y * curvature * _tree.vdot(lower_y, lower_y)
+        )
+        return weight, _tree.scale(1.0 / stiffness, grad)
+
+    for _ in range(loop.lower_steps - 1):
+        value_y, lower_y = oracle.lower_grad_y(x, y)
+        _, grad_y = pull(value_y, oracle.upper_grad_y(x, y)[1], lower_y)
+        y, optimizers["y"] = _moved(loop.lower_optimizer, y, grad_y, optimizers["y"])
+    value_y, lower_x, lower_y = oracle.lower_grad(x, y)
+    losses_y = oracle.losses
+    upper, upper_x, upper_y = oracle.upper_grad(x, y)
+    weight, grad_y = pull(value_y, upper_y, lower_y)
+    # Eq. 16: the hypergradient, lambda a constant
+    difference = _tree.axpy(-1.0, lower_x_at_z, lower_x)
+    hypergradient = _tree.axpy(sign * weight, difference, upper_x)
+
+    norm = _tree.norm(hypergradient)
+    if not bool(torch.isfinite(norm + _tree.norm(grad_y) + _tree.norm(lower_z) + upper + value_y)):
+        message = f"{Status.NONFINITE.value} (at step {k + 1}; F = {float(upper):.6g}, f = {float(value_y):.6g})"
+        return replace(
+            state,
+            status=Status.NONFINITE,
+            message=message,
+            evaluations=state.evaluations + oracle.evaluations,
+        )
+    z, optimizers["z"] = _moved(
+        loop.value_optimizer, z, _tree.axpy(mu, z, lower_z), optimizers["z"]
+    )
+    y, optimizers["y"] = _moved(loop.lower_optimizer, y, grad_y, optimizers["y"])
+    x, optimizers["x"] = _moved(loop.upper_optimizer, x, hypergradient, optimizers["x"])
+    if problem.domain is not None:
+        x = problem.domain(x)
+    return State(
+        x=x,
+        y=y,
+        step=k + 1,
+        metrics={
+            "upper": upper,
+            "lower": value_y,
+            "value_gap": _mean_difference(value_y, value_z, losses_y, losses_z),
+            "slack": slack,
+            "multiplier": weight,
+            "hypergradient": norm,
+            "sigma": sigma,
+            "mu": mu,
+            "epsilon": epsilon,
+        },
+        memory={**state.memory, "z": z, "gap": average, "optimizers": optimizers},
+        evaluations=state.evaluations + oracle.evaluations,
+    )
+
+
+def _mean_difference(
+    value_y: Tensor, value_z: Tensor, losses_y: Tensor | None, losses_z: Tensor | None
+) -> Tensor:
+    """f(x, y) - f(x, z) in float64: sample by sample where there are samples."""
+    if losses_y is None or losses_z is None:
+        return value_y.double() - value_z.double()
+    return (losses_y.double() - losses_z.double()).mean()
+
+
+def _multiplier(
+    loop: SingleLoop, barrier: Barrier, gap: Tensor, slack: Tensor, sigma: float
+) -> tuple[Tensor, Tensor]:
+    """Lambda and P'' at the known slack, or at the averaged gap by the relaxed barrier.
+
+    A negative gap says that z is not the lower minimizer yet. It counts as further slack: otherwise x would
+    run after -lambda f(x, z) faster than z can follow.
+    """
+    gap = gap.to(slack.dtype)
+    if loop.multiplier == "slack":
+        weight = barrier.derivative(gap.clamp(max=0.0) - slack, sigma)
+        return weight, torch.zeros_like(weight)
+    smooth = relaxed(barrier, _RELAXATION * slack)
+    return smooth.derivative(gap - slack, sigma), smooth.second_derivative(gap - slack, sigma)
+
+
+def _moved(
+    optimizer: Torch, tree: Tree, grad: Tree, memory: dict[str, Any]
+) -> tuple[Tree, dict[str, Any]]:
+    moved, memory = optimizer.step(_tree.leaves(tree), _tree.leaves(grad), memory)
+    return _tree.unflatten_like(tree, moved), memory

@@ -1,0 +1,228 @@
+"""Approximated Sequential Bi-Level Optimization, the flagship solver."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from bilevel._problem import BilevelProblem
+from bilevel._solution import State
+from bilevel._types import Schedule, Tree
+from bilevel.barriers import log_rational
+from bilevel.estimators.value_function import ValueFunction
+from bilevel.optim._base import Minimizer
+from bilevel.optim.newton import Newton
+from bilevel.optim.quasi_newton import QuasiNewton
+from bilevel.optim.torch import Torch
+from bilevel.schedules import geometric, polynomial
+from bilevel.solvers import _sequential, _single_loop
+from bilevel.solvers._base import Solver
+
+# epsilon_k ~ sigma_k^2 balances the stages: lambda ~ sigma / epsilon grows as 1 / sigma does. The first
+# slack is twice the range of f, so that F alone chooses the basin; mu |y|^2 stays a hundredth of it.
+_STAGE_RATIO = 0.2
+_SEQUENTIAL = {
+    "mu": geometric(2e-2, _STAGE_RATIO**2),
+    "sigma": geometric(1.0, _STAGE_RATIO),
+    "epsilon": geometric(2.0, _STAGE_RATIO**2),
+}
+_SINGLE_LOOP = {
+    "mu": polynomial(1e-2, 2.0, scale=100.0),
+    "sigma": polynomial(1.0, 1.0, scale=100.0),
+    "epsilon": polynomial(1.0, 2.0, scale=100.0),
+}
+
+
+@dataclass(frozen=True)
+class ASBLO(Solver):
+    r"""Approximated Sequential Bi-Level Optimization.
+
+    The lower problem is replaced by its value function and the constraint $f(x, y) \le v_k(x)$ by a barrier:
+
+    $$v_k(x) = \min_z \{ f(x, z) + \tfrac{\mu_k}{2} |z|^2 \} + \varepsilon_k, \qquad
+    \varphi_k(x) = \min_y \{ F(x, y) + P_{\sigma_k}(f(x, y) - v_k(x)) + \tfrac{\theta_k}{2} |y|^2 \},$$
+
+    and $\varphi_k$ is minimized over x for schedules that fall to zero. Its gradient
+
+    $$\nabla \varphi_k = \partial_x F(x, y) + \lambda [\partial_x f(x, y) - \partial_x f(x, z)],
+    \qquad \lambda = P_{\sigma_k}'(f(x, y) - v_k(x)),$$
+
+    needs first derivatives only, and f may have many minimizers.
+
+    **Full batch** (no batches given): each $\varphi_k$ is minimized to a tolerance, z and y by Newton's
+    method, x by a quasi-Newton method. The units of F and f are measured once, and the schedules speak in
+    them: multiplying F or f by a positive number, or adding a constant, changes no iterate. The path starts where
+    F is smallest over x and y together, so that F chooses the basin of the lower problem. It ends
+    when the multipliers of two stages say that x is within `rtol`.
+
+    **Mini-batches** (batches given): one loop. Each step moves z, y and x once, from three passes:
+    f(x, z), f(x, y) and F(x, y).
+
+    Attributes:
+        mu: Schedule of the weight of $|z|^2/2$, in units of f over $|y|^2$. The argument of each
+            schedule is the stage (full batch) or the step (mini-batches). None takes the mode's default.
+        theta: Schedule of the weight of $|y|^2/2$, in units of F over $|y|^2$; None for
+            $\theta = \lambda \mu$, with which the leading bias of $\mu$ cancels.
+        sigma: Schedule of the weight of the barrier, in units of F.
+        epsilon: Schedule of the slack, in units of f; > 0 where theta is None.
+        kappa: Where the barrier turns from logarithmic to rational, in units of f, > 0.
+        pessimistic: Let y maximize F over the lower solutions instead of minimizing it.
+        rtol: Full batch: relative error of x at which the sequence ends, > 0.
+        minimizer: Full batch: finds z and y.
+        optimizer: Full batch: takes the upper steps.
+        value_steps: Mini-batches: steps on z in each upper step, >= 1.
+        lower_steps: Mini-batches: steps on y in each upper step, >= 1.
+        value_optimizer: Mini-batches: moves z.
+        lower_optimizer: Mini-batches: moves y.
+        upper_optimizer: Mini-batches: moves x.
+        multiplier: Mini-batches: `"slack"` takes $\lambda = P'$ at the known slack $v - f(z)$, which
+            no batch disturbs; `"gap"` at the gap averaged over batches, by the relaxed barrier.
+        max_multiplier: Mini-batches: largest $\lambda$, in units of F over f, > 0.
+
+    Raises:
+        ValueError: A parameter is out of its range.
+        TypeError: A schedule or a part is of the wrong kind.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> problem = bl.BilevelProblem(
+        ...     upper=lambda x, y, data: 0.5 * (x - y[1]) ** 2 + 0.5 * (y[0] - 1.0) ** 2,
+        ...     lower=lambda x, y, data: 0.5 * y[0] ** 2 - x * y[0],  # solved by (x, anything)
+        ... )
+        >>> x0, y0 = torch.tensor(3.0).double(), torch.tensor([0.0, 2.0]).double()
+        >>> bl.solve(problem, bl.ASBLO(), x0, y0, max_steps=100).x
+        tensor(1.0000, dtype=torch.float64)
+
+    References:
+        He and He, EchoIR (arXiv 2412.07225), section 3.3, Eqs. 7 to 16; Liu et al., A Value-Function-based
+        Interior-point Method for Non-convex Bi-level Optimization (ICML 2021).
+
+    Note:
+        The slack `epsilon`, the choice of theta and the corrected Eq. 16 are ours, and so is the measuring of
+        units: see "Theory" in the documentation.
+    """
+
+    mu: Schedule | None = None
+    theta: Schedule | None = None
+    sigma: Schedule | None = None
+    epsilon: Schedule | None = None
+    kappa: float = 1.0
+    pessimistic: bool = False
+    rtol: float = 1e-5
+    minimizer: Minimizer = field(default_factory=Newton)
+    optimizer: QuasiNewton = field(default_factory=QuasiNewton)
+    value_steps: int = 1
+    lower_steps: int = 1
+    value_optimizer: Torch = field(default_factory=lambda: Torch(torch.optim.Adam, lr=1e-3))
+    lower_optimizer: Torch = field(default_factory=lambda: Torch(torch.optim.Adam, lr=1e-3))
+    upper_optimizer: Torch = field(default_factory=lambda: Torch(torch.optim.Adam, lr=1e-3))
+    multiplier: Literal["slack", "gap"] = "slack"
+    max_multiplier: float = 1e3
+
+    def __post_init__(self) -> None:
+        for name in ("mu", "theta", "sigma", "epsilon"):
+            schedule = getattr(self, name)
+            if schedule is not None and not callable(schedule):
+                raise TypeError(
+                    f"`ASBLO({name}=...)` must be a schedule, a function of the step. Got {schedule!r}. "
+                    f"Use e.g. `bilevel.schedules.constant({schedule!r})`."
+                )
+        for name in ("kappa", "rtol", "max_multiplier"):
+            value = getattr(self, name)
+            if not (value > 0.0 and math.isfinite(value)):
+                raise ValueError(
+                    f"`ASBLO({name}=...)` must be a finite number > 0. Got {name}={value}. Leave it out for the default."
+                )
+        for name in ("value_steps", "lower_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"`ASBLO({name}=...)` must be at least 1. Got {name}={getattr(self, name)}. Raise it."
+                )
+        if self.multiplier not in ("slack", "gap"):
+            raise ValueError(
+                f'`ASBLO(multiplier=...)` must be "slack" or "gap". Got {self.multiplier!r}. Use "slack" unless batches are large.'
+            )
+        for name in ("value_optimizer", "lower_optimizer", "upper_optimizer"):
+            if not isinstance(getattr(self, name), Torch):
+                raise TypeError(
+                    f"`ASBLO({name}=...)` must be a `bilevel.optim.Torch`. Got {type(getattr(self, name)).__name__}. "
+                    "Wrap the class, e.g. `Torch(torch.optim.Adam, lr=1e-3)`."
+                )
+
+    def init(
+        self, problem: BilevelProblem, x0: Tree, y0: Tree, data: Any, *, full_batch: bool
+    ) -> State:
+        """See `Solver.init`."""
+        _refuse_constraints(problem)
+        if full_batch:
+            return _sequential.init(self._sequence(), problem, x0, y0)
+        return _single_loop.init(self._single_loop(), problem, x0, y0, data)
+
+    def step(self, problem: BilevelProblem, state: State, data: Any) -> State:
+        """See `Solver.step`."""
+        if "stage" in state.memory:
+            return _sequential.step(self._sequence(), problem, state)
+        return _single_loop.step(self._single_loop(), problem, state, data)
+
+    def stage(
+        self, k: int, lower: float = 1.0, upper: float = 1.0, square: float = 1.0
+    ) -> ValueFunction:
+        """The approximation number k as an estimator of its own.
+
+        Args:
+            k: Stage of the full-batch sequence, >= 0.
+            lower: Unit of f.
+            upper: Unit of F.
+            square: Unit of |y|^2.
+
+        Returns:
+            The estimator; its value is phi_k and its gradient that of phi_k.
+        """
+        return ValueFunction(
+            mu=(self.mu or _SEQUENTIAL["mu"])(k) * lower / square,
+            epsilon=(self.epsilon or _SEQUENTIAL["epsilon"])(k) * lower,
+            sigma=(self.sigma or _SEQUENTIAL["sigma"])(k) * upper,
+            theta=None if self.theta is None else self.theta(k) * upper / square,
+            barrier=log_rational(self.kappa * lower),
+            pessimistic=self.pessimistic,
+            minimizer=self.minimizer,
+        )
+
+    def _sequence(self) -> _sequential.Sequence:
+        return _sequential.Sequence(
+            stage=self.stage,
+            epsilon=self.epsilon or _SEQUENTIAL["epsilon"],
+            minimizer=self.minimizer,
+            optimizer=self.optimizer,
+            rtol=self.rtol,
+            pessimistic=self.pessimistic,
+        )
+
+    def _single_loop(self) -> _single_loop.SingleLoop:
+        return _single_loop.SingleLoop(
+            mu=self.mu or _SINGLE_LOOP["mu"],
+            theta=self.theta,
+            sigma=self.sigma or _SINGLE_LOOP["sigma"],
+            epsilon=self.epsilon or _SINGLE_LOOP["epsilon"],
+            barrier=lambda lower: log_rational(self.kappa * lower),
+            pessimistic=self.pessimistic,
+            value_steps=self.value_steps,
+            lower_steps=self.lower_steps,
+            value_optimizer=self.value_optimizer,
+            lower_optimizer=self.lower_optimizer,
+            upper_optimizer=self.upper_optimizer,
+            multiplier=self.multiplier,
+            max_multiplier=self.max_multiplier,
+        )
+
+
+def _refuse_constraints(problem: BilevelProblem) -> None:
+    for name in ("upper_constraint", "lower_constraint"):
+        if getattr(problem, name) is not None:
+            raise ValueError(
+                f"`ASBLO` takes a domain of x, and no `BilevelProblem({name}=...)` in this version. Got one. "
+                "Put bounds on x into `domain`, and a constraint on y into the objective as a penalty or a barrier."
+            )
