@@ -20,24 +20,28 @@ Objective = Callable[[EchoIR, Patches], Tensor]
 
 
 def restoration_loss(net: EchoIR, patches: Patches) -> Tensor:
-    """The mean absolute error: less afraid of edges than the square, and it trains to higher PSNR."""
-    return (net(patches.input).float() - patches.target).abs().mean()
+    """The mean absolute error of each patch, (B,).
+
+    It is less afraid of edges than the square, and trains to a higher PSNR.
+    """
+    return (net(patches.input).float() - patches.target).abs().mean((1, 2, 3))
 
 
 def echo_loss(net: EchoIR, patches: Patches) -> Tensor:
-    """How much of an encoder feature E_l is lost when it is downsampled and echoed back.
+    """How much of each patch's encoder features E_l is lost when downsampled and echoed back, (B,).
 
         sum over levels of |EU(down(E_l); E_l) - E_l|^2 / |E_l|^2
 
-    The denominator is held constant: otherwise scaling the features up would lower the loss.
+    The denominator, a mean over the batch, is held constant: otherwise scaling the features up
+    would lower the loss.
     """
     image = pad(patches.input, net.config.multiple)
     echoes, _ = net.encode(image)
-    loss = patches.target.new_zeros(())
+    loss = patches.target.new_zeros(len(image))
     for level, feature in enumerate(echoes):
         coarse = net.downsamplers[level](feature)
         back = net.upsample(level, coarse, net.echo(level, echoes, image))
-        lost = (back.float() - feature.float()).square().mean()
+        lost = (back.float() - feature.float()).square().mean((1, 2, 3))
         loss = loss + lost / feature.detach().float().square().mean()
     return loss
 
@@ -45,7 +49,9 @@ def echo_loss(net: EchoIR, patches: Patches) -> Tensor:
 def objectives(
     lower: Lower, *, alpha: float = 0.1, amp: bool = False
 ) -> tuple[Objective, Objective]:
-    """F and f, as functions of the network and a batch of patches.
+    """F, one number, and f, one for each patch, as functions of the network and a batch.
+
+    ASBLO lives on the small difference f(x, y) - f(x, z), which is exact patch by patch.
 
     Args:
         lower: what f is: the `"echo"` loss, the `"restoration"` loss, or `"both"`,
@@ -66,13 +72,14 @@ def objectives(
     def both(net: EchoIR, patches: Patches) -> Tensor:
         return restoration_loss(net, patches) + alpha * echo_loss(net, patches)
 
-    f = {"echo": echo_loss, "restoration": restoration_loss, "both": both}[lower]
+    f: Objective = {"echo": echo_loss, "restoration": restoration_loss, "both": both}[lower]
 
-    def cast(objective: Objective) -> Objective:
-        def loss(net: EchoIR, patches: Patches) -> Tensor:
-            with torch.autocast(patches.input.device.type, torch.bfloat16, enabled=amp):
-                return objective(net, patches)
+    def upper(net: EchoIR, patches: Patches) -> Tensor:
+        with torch.autocast(patches.input.device.type, torch.bfloat16, enabled=amp):
+            return restoration_loss(net, patches).mean()
 
-        return loss
+    def lower_(net: EchoIR, patches: Patches) -> Tensor:
+        with torch.autocast(patches.input.device.type, torch.bfloat16, enabled=amp):
+            return f(net, patches)
 
-    return cast(restoration_loss), cast(f)
+    return upper, lower_

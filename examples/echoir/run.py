@@ -1,0 +1,198 @@
+"""One training run: steps a solver, averages its weights, shows and records how it goes.
+
+A signal stops it between two steps, saved, so that it can be resumed bit for bit.
+"""
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from checkpoint import Checkpoint, load, save
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+import bilevel as bl
+
+SAVE_EVERY = 60.0  # seconds: what a power failure may cost
+LOG_EVERY = 10  # steps
+LOOK_EVERY = 100  # steps: the PSNR of held-out crops, which costs as much as two of them
+PATIENCE = 1.25  # a run planned for so many minutes is ended when it has taken a quarter more
+
+
+class Interrupted(Exception):  # noqa: N818  (not an error)
+    """SIGINT or SIGTERM came; the run has been saved."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is stepped, and how it is watched.
+
+    Attributes:
+        name: of the method, for folders and messages.
+        problem: with `x0` and `y0`, made by `bl.from_module`.
+        solver: of `schedule`, a function that makes it for a total number of steps.
+        x0: upper start.
+        y0: lower start.
+        batch: the batch of a step, a pure function of it.
+        psnr: PSNR in dB of a state, on the photographs held out.
+        folder: for checkpoints and metrics.
+        device: of the tensors.
+    """
+
+    name: str
+    problem: bl.BilevelProblem
+    solver: Callable[[int], bl.Solver]
+    x0: dict[str, torch.Tensor]
+    y0: dict[str, torch.Tensor]
+    batch: Callable[[int], bl.Batch]
+    psnr: Callable[[bl.State], float]
+    folder: Path
+    device: torch.device
+
+    def plan(self, seconds: float) -> int:
+        """The number of steps that fit into so many seconds, from steps that are then forgotten."""
+        trial = bl.iterate(self.problem, self.solver(1000), self.x0, self.y0, self._batches(0, 12))
+        times = [time.perf_counter() for _ in trial]
+        each = sorted(b - a for a, b in pairwise(times[2:]))
+        return max(1, round(seconds / each[len(each) // 2]))
+
+    def train(
+        self, console: Console, *, total: int, limit: float = float("inf"), resume: bool = False
+    ) -> Checkpoint:
+        """Steps to the end.
+
+        Args:
+            console: where to show it.
+            total: steps of the whole run.
+            limit: seconds after which the run ends all the same.
+            resume: go on from the newest checkpoint in the folder, if there is one.
+
+        Returns:
+            The last checkpoint, which is on disk too.
+
+        Raises:
+            Interrupted: if a signal came; the newest checkpoint is of the step it came in.
+            bl.NonFiniteError: if training diverged.
+        """
+        saved = load(self.folder / "checkpoints", self.device) if resume else None
+        log = self._open_log(saved.state.step if saved else 0)
+        with log, _signals() as asked, _progress(console) as progress:
+            if saved is None:
+                first = bl.State(self.x0, self.y0)
+                saved = Checkpoint(first, _copy(first), total, 0.0)
+                states = bl.iterate(
+                    self.problem, self.solver(total), self.x0, self.y0, self._batches(0, total)
+                )
+            else:
+                total = saved.total
+                states = bl.iterate(
+                    self.problem,
+                    self.solver(total),
+                    state=saved.state,
+                    batches=self._batches(saved.state.step, total),
+                )
+            return self._loop(states, saved, limit, asked, progress, log, console)
+
+    def _loop(self, states, now, limit, asked, progress, log, console) -> Checkpoint:
+        bar = progress.add_task(self.name, total=now.total, completed=now.state.step, facts="")
+        start = time.perf_counter() - now.seconds
+        saved_at = time.perf_counter()
+        psnr, stepping = float("nan"), 0.0
+        began = time.perf_counter()
+        for state in states:
+            stepping += time.perf_counter() - began
+            _average(now.average, state)
+            now = replace(
+                now,
+                state=state,
+                average=replace(now.average, step=state.step),
+                seconds=time.perf_counter() - start,
+            )
+            if state.step % LOOK_EVERY == 0 or state.step == now.total:
+                psnr = self.psnr(now.average)
+            if state.step % LOG_EVERY == 0 or state.step == now.total:
+                row = {"step": state.step, "seconds": round(now.seconds, 2), "psnr": psnr}
+                row |= {"step_seconds": round(stepping / LOG_EVERY, 4)}
+                stepping = 0.0
+                row |= {name: float(value) for name, value in state.metrics.items()}
+                log.write(json.dumps(row) + "\n")
+                log.flush()
+                progress.update(bar, completed=state.step, facts=_facts(row))
+            if asked:
+                save(self.folder / "checkpoints", now)
+                raise Interrupted(f"{self.name} stopped at step {state.step} of {now.total}")
+            if time.perf_counter() - saved_at > SAVE_EVERY:
+                save(self.folder / "checkpoints", now)
+                saved_at = time.perf_counter()
+            if now.seconds > limit:
+                console.print(
+                    f"{self.name}: step {state.step} of {now.total}, time is up: the machine has "
+                    "become slower than it was when the run was planned."
+                )
+                break
+            began = time.perf_counter()
+        now = replace(now, total=now.state.step)
+        save(self.folder / "checkpoints", now)
+        return now
+
+    def _batches(self, start: int, stop: int) -> Iterator[bl.Batch]:
+        return (self.batch(step) for step in range(start, stop))
+
+    def _open_log(self, step: int):
+        """The metrics, one JSON object a line, up to this step; the rest is written anew."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "metrics.jsonl"
+        rows = path.read_text().splitlines() if step and path.exists() else []
+        path.write_text("".join(f"{row}\n" for row in rows if json.loads(row)["step"] <= step))
+        return path.open("a")
+
+
+def _copy(state: bl.State) -> bl.State:
+    x, y = ({k: v.clone() for k, v in level.items()} for level in (state.x, state.y))
+    return bl.State(x, y)
+
+
+def _average(average: bl.State, state: bl.State):
+    """An exponential moving average over the last thousand steps, and over fewer at the start."""
+    share = 1 - min(0.999, (1 + state.step) / (10 + state.step))
+    for mean, now in ((average.x, state.x), (average.y, state.y)):
+        for name, value in mean.items():
+            value.lerp_(now[name], share)
+
+
+def _facts(row: dict[str, Any]) -> str:
+    """The progress line: loss, value gap, sigma where the solver has them, PSNR, step time."""
+    names = {"upper": "loss", "value_gap": "gap", "sigma": "sigma"}
+    facts = [f"{short} {row[name]:.4f}" for name, short in names.items() if name in row]
+    return "  ".join([*facts, f"PSNR {row['psnr']:.2f} dB", f"{1e3 * row['step_seconds']:.0f} ms"])
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[facts]}"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """A list that SIGINT and SIGTERM are noted in, to be looked at between two steps."""
+    asked: list[int] = []
+    kinds = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(kind, lambda number, _: asked.append(number)) for kind in kinds]
+    try:
+        yield asked
+    finally:
+        for kind, handler in zip(kinds, before, strict=True):
+            signal.signal(kind, handler)

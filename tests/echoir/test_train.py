@@ -1,0 +1,130 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from checkpoint import Checkpoint
+from checkpoint import load as load_checkpoint
+from checkpoint import save as save_checkpoint
+from conftest import EXAMPLE, save
+from PIL import Image
+from safetensors.torch import load_file
+from train import command_line
+
+import bilevel as bl
+
+CPU = torch.device("cpu")
+
+
+def command(folder, output, *options):
+    fixed = ["--threads", "1", "--patch", "16", "--batch", "2", "--device", "cpu", "--no-amp"]
+    words = [sys.executable, EXAMPLE / "train.py", "--data", folder, "--output", output, *fixed]
+    return [str(word) for word in (*words, *options)]
+
+
+def train(folder, output, *options):
+    return subprocess.run(command(folder, output, *options), capture_output=True, text=True)
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A short run with the baseline, on five small photographs."""
+    import numpy as np
+    from conftest import scene
+
+    folder = tmp_path_factory.mktemp("photographs")
+    rng = np.random.default_rng(0)
+    for i in range(5):
+        save(folder / f"photo{i}.png", scene(rng, 60 + i, 70))
+    output = tmp_path_factory.mktemp("run")
+    done = train(folder, output, "--steps", "12", "--compare")
+    assert done.returncode == 0, done.stderr
+    return folder, output, done.stdout
+
+
+def test_a_run_leaves_all_that_it_promises(finished):
+    _, output, text = finished
+    assert {"weights.safetensors", "picture.png", "metrics.jsonl"} <= set(os.listdir(output))
+    metrics = rows(output / "metrics.jsonl")
+    assert metrics[-1]["step"] == 12
+    assert {"upper", "value_gap", "sigma", "psnr", "step_seconds"} <= metrics[-1].keys()
+    with Image.open(output / "picture.png") as picture:
+        picture.load()
+    assert "asblo" in text
+    assert "single-level" in text
+    assert "picture.png" in text.splitlines()[-2]
+
+
+def test_seed_decides_everything(finished, tmp_path):
+    folder, output, _ = finished
+    assert train(folder, tmp_path, "--steps", "12").returncode == 0
+    same(tmp_path, output / "asblo")
+
+
+def same(a, b):
+    first, second = load_file(a / "weights.safetensors"), load_file(b / "weights.safetensors")
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_sigterm_saves_and_resume_goes_on_bit_for_bit(finished, tmp_path):
+    folder, _, _ = finished
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    assert train(folder, straight, "--steps", "40").returncode == 0
+    process = subprocess.Popen(command(folder, broken, "--steps", "40"), stdout=subprocess.DEVNULL)
+    log = broken / "asblo" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (log.exists() and log.read_text().count("\n")):  # ten steps are done
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75
+    assert not (broken / "weights.safetensors").exists()
+    assert train(folder, broken, "--resume").returncode == 0
+    same(straight, broken)
+    assert [row["step"] for row in rows(log)] == [10, 20, 30, 40]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", "0"], "`--steps` must be positive. Got 0"),
+        (["--val-share", "1.5"], "above 0 and below 1. Got 1.5"),
+        (["--resume"], "must find a run to go on with"),
+        (["--patch", "500"], "at least as large as a patch"),
+        (["--device", "abacus"], "must name a device of this machine. Got 'abacus'"),
+        (["--task", "dehaze"], "dehaze"),
+        (["--stepz", "3"], "--stepz"),
+    ],
+)
+def test_mistakes_are_told_in_a_sentence(folder, tmp_path, options, message, capsys):
+    with pytest.raises(SystemExit) as left:
+        command_line(command(folder, tmp_path / "out", *options)[2:])
+    assert left.value.code == 2
+    captured = capsys.readouterr()
+    assert message in captured.err + captured.out
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
+    for step in (10, 20, 30):
+        state = bl.State({"a": torch.full((3,), float(step))}, {"b": torch.zeros(2)}, step=step)
+        save_checkpoint(tmp_path, Checkpoint(state, state, total=40, seconds=1.0))
+    assert sorted(os.listdir(tmp_path)) == ["step-00000020", "step-00000030"]
+    newest = tmp_path / "step-00000030" / "state.pt"
+    newest.write_bytes(newest.read_bytes()[:-7])
+    assert load_checkpoint(tmp_path, CPU).state.step == 20
+    older = tmp_path / "step-00000020" / "state.pt"
+    older.write_bytes(b"")
+    with pytest.raises(ValueError, match="only damaged ones"):
+        load_checkpoint(tmp_path, CPU)
+    assert load_checkpoint(tmp_path / "nothing here", CPU) is None
