@@ -63,3 +63,5 @@ __all__ = [
     "solve",
     "update_module",
 ]
+
+__version__ = "0.1.0"

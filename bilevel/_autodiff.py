@@ -26,10 +26,9 @@ def _variables(trees: tuple[Tree, ...]) -> tuple[list[Tree], list[list[Tensor]]]
             "Gradients must be taken outside `torch.inference_mode()`, where they would silently be zero. "
             "Got a call inside it. Leave that context, or use `torch.no_grad()`."
         )
-    tracked = [
-        _tree.map_leaves(lambda leaf: leaf.detach().requires_grad_(True), tree) for tree in trees
-    ]
-    return tracked, [_tree.leaves(tree) for tree in tracked]
+    parts = [[leaf.detach().requires_grad_(True) for leaf in _tree.leaves(tree)] for tree in trees]
+    tracked = [_tree.unflatten_like(*pair) for pair in zip(trees, parts, strict=True)]
+    return tracked, parts
 
 
 def _grad(output: Tensor, inputs: list[Tensor], **options: Any) -> list[Tensor]:

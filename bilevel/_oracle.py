@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -70,13 +71,13 @@ class Oracle:
     def upper_grad_y(self, x: Tree, y: Tree) -> tuple[Tensor, Tree]:
         """F(x, y) and its gradient in y alone."""
         self._counts["upper_grad"] += 1
-        value, (grad_y,) = _autodiff.value_and_grad(lambda v: self._upper(x, v), y)
+        value, (grad_y,) = _autodiff.value_and_grad(partial(self._upper, x), y)
         return value, grad_y
 
     def lower_grad_y(self, x: Tree, y: Tree) -> tuple[Tensor, Tree]:
         """f(x, y) and its gradient in y alone."""
         self._counts["lower_grad"] += 1
-        value, (grad_y,) = _autodiff.value_and_grad(lambda v: self._lower(x, v), y)
+        value, (grad_y,) = _autodiff.value_and_grad(partial(self._lower, x), y)
         return value, grad_y
 
     def linearized(

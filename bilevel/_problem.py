@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -57,14 +57,15 @@ class Box:
         for low, high in zip(lows * len(highs), highs * len(lows), strict=False):
             if not bool(torch.all(torch.as_tensor(low) <= torch.as_tensor(high))):
                 raise ValueError(
-                    f"`Box(low=..., high=...)` must have low <= high. Got low={low}, high={high}. Swap or widen the bounds."
+                    f"`Box(low=..., high=...)` must have low <= high. Got low={low}, high={high}. "
+                    "Swap or widen the bounds."
                 )
 
     def __call__(self, x: Tree) -> Tree:
-        return _tree.map_leaves(
-            lambda leaf, low, high: torch.maximum(torch.minimum(leaf, high), low),
-            x,
-            *self.bounds(x),
+        lows, highs = map(_tree.leaves, self.bounds(x))
+        triples = zip(_tree.leaves(x), lows, highs, strict=True)
+        return _tree.unflatten_like(
+            x, [torch.maximum(torch.minimum(leaf, high), low) for leaf, low, high in triples]
         )
 
     def bounds(self, x: Tree) -> tuple[Tree, Tree]:
@@ -89,8 +90,9 @@ def _spread(bound: Tree, x: Tree, name: str) -> Tree:
         ]
     except RuntimeError as error:
         raise StructureError(
-            f"`Box({name}=...)` must broadcast to the shape of x. Got {[tuple(torch.as_tensor(p).shape) for p in parts]} "
-            f"for x of {[tuple(t.shape) for t in targets]}. Use a number or the shape of x."
+            f"`Box({name}=...)` must broadcast to the shape of x. "
+            f"Got {[tuple(torch.as_tensor(part).shape) for part in parts]} for x of "
+            f"{[tuple(leaf.shape) for leaf in targets]}. Use a number or the shape of x."
         ) from error
     return _tree.unflatten_like(x, spread)
 
@@ -163,7 +165,10 @@ def ravel(
     y_vector, unravel_y = _tree.ravel(y)
 
     def over_vectors(fun: Objective | None) -> Any:
-        return fun and (lambda u, v, data: fun(unravel_x(u), unravel_y(v), data))
+        def over(u: Tensor, v: Tensor, data: Any) -> Tensor:
+            return cast(Objective, fun)(unravel_x(u), unravel_y(v), data)
+
+        return fun and over
 
     domain = problem.domain
     if isinstance(domain, Box):

@@ -16,6 +16,9 @@ from torch import Tensor
 from bilevel._errors import StructureError
 from bilevel._types import Tree
 
+linalg: Any = torch.linalg  # its stubs are untyped
+foreach_norm: Any = torch._foreach_norm  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+
 
 def leaves(tree: Tree) -> list[Tensor]:
     """The tensors of a tree, in a fixed order (dictionaries by sorted key)."""
@@ -45,7 +48,7 @@ def names(tree: Tree) -> list[str]:
 
 def detach(tree: Tree) -> Tree:
     """The same values in new tensors that share no memory and no graph with `tree`."""
-    return map_leaves(lambda leaf: leaf.detach().clone(), tree)
+    return unflatten_like(tree, [leaf.detach().clone() for leaf in leaves(tree)])
 
 
 def zeros_like(tree: Tree) -> Tree:
@@ -71,8 +74,8 @@ def norm(tree: Tree) -> Tensor:
     """The Euclidean norm over all leaves, a 0-d tensor."""
     parts = leaves(tree)
     if len(parts) == 1:
-        return torch.linalg.vector_norm(parts[0])
-    return torch.linalg.vector_norm(torch.stack(cast("list[Tensor]", torch._foreach_norm(parts))))  # pyright: ignore[reportPrivateUsage]
+        return linalg.vector_norm(parts[0])
+    return linalg.vector_norm(torch.stack(foreach_norm(parts)))
 
 
 def length(tree: Tree) -> float:
@@ -114,7 +117,7 @@ def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
     sizes = [leaf.numel() for leaf in parts]
 
     def unravel(vector: Tensor) -> Tree:
-        pieces = [vector] if len(sizes) == 1 else vector.split(sizes)
+        pieces = torch.split(vector, sizes)
         return unflatten_like(
             tree, [p.view(s).to(d) for p, s, d in zip(pieces, shapes, dtypes, strict=True)]
         )

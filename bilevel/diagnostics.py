@@ -74,7 +74,8 @@ def check_hypergradient(
 
     Along each direction d, $(\Phi(x + h d) - \Phi(x - h d)) / 2h$ with $\Phi(x) = F(x, y^*(x))$ is measured for
     seven steps h around the cube root of the rounding error. Where two neighbors agree best is the plateau
-    between truncation and rounding, and their difference is the noise floor. Above ten upper variables the directions are random.
+    between truncation and rounding, and their difference is the noise floor. Above ten upper variables the
+    directions are random.
 
     Args:
         problem: The problem.

@@ -131,14 +131,15 @@ def check_problem(problem: BilevelProblem, x: Tree, y: Tree, data: Any) -> None:
     _tree.check_variable(y, "y0")
     parts = split_data(data)
 
+    def upper(u: Tree, v: Tree) -> Tensor:
+        return scalar(problem.upper(u, v, parts.upper), "upper")
+
     def lower(u: Tree, v: Tree) -> Tensor:
         value = problem.lower(u, v, parts.lower)
         return value.mean() if problem.per_sample else scalar(value, "lower")
 
     try:
-        unused_in_upper = unused_leaves(
-            lambda u, v: scalar(problem.upper(u, v, parts.upper), "upper"), x, y
-        )
+        unused_in_upper = unused_leaves(upper, x, y)
         unused_in_lower = unused_leaves(lower, x, y)
     except RuntimeError as error:
         shapes = f"x0 {_shapes(x)}, y0 {_shapes(y)}"

@@ -84,11 +84,13 @@ class ValueFunction(Estimator):
             value = getattr(self, name)
             if not (value > 0.0 and math.isfinite(value)):
                 raise ValueError(
-                    f"`ValueFunction({name}=...)` must be a finite number > 0. Got {name}={value}. Use a small positive one."
+                    f"`ValueFunction({name}=...)` must be a finite number > 0. Got {name}={value}. "
+                    "Use a small positive one."
                 )
         if not (self.epsilon >= 0.0 and math.isfinite(self.epsilon)):
             raise ValueError(
-                f"`ValueFunction(epsilon=...)` must be a finite number >= 0. Got epsilon={self.epsilon}. Use a small positive one."
+                f"`ValueFunction(epsilon=...)` must be a finite number >= 0. Got epsilon={self.epsilon}. "
+                "Use a small positive one."
             )
         if self.theta is None and self.epsilon == 0.0:
             raise ValueError(
@@ -97,7 +99,8 @@ class ValueFunction(Estimator):
             )
         if self.theta is not None and not self.theta >= 0.0:
             raise ValueError(
-                f"`ValueFunction(theta=...)` must be >= 0 or None. Got theta={self.theta}. Leave it out for lambda * mu."
+                f"`ValueFunction(theta=...)` must be >= 0 or None. Got theta={self.theta}. "
+                "Leave it out for lambda * mu."
             )
 
     def estimate(

@@ -107,7 +107,7 @@ class QuasiNewton:
 
     def _remember(self, memory: Mapping[str, Any], step: Tensor, change: Tensor) -> dict[str, Any]:
         curvature = float(step @ change)
-        if not curvature > 1e-10 * float(step.norm()) * float(change.norm()):
+        if not curvature > 1e-10 * _tree.length(step) * _tree.length(change):
             return dict(memory)
         keep = self.history - 1
         return {
@@ -131,7 +131,8 @@ def _free(x: Tensor, grad: Tensor, domain: Box | None) -> Tensor:
 
 def _two_loop(grad: Tensor, steps: Tensor, changes: Tensor) -> Tensor:
     """The inverse Hessian approximation times `grad` (Nocedal and Wright, algorithm 7.4)."""
-    curvatures = (steps * changes).sum(1).tolist()
+    products: Any = (steps * changes).sum(1)
+    curvatures: list[float] = products.tolist()
     used = [i for i, c in enumerate(curvatures) if c > 0.0]
     q = grad
     alphas: dict[int, float] = {}

@@ -116,16 +116,15 @@ class Torch(Minimizer):
         stop: Callable[[Point], bool] | None = None,
     ) -> Minimum:
         """See `Minimizer.minimize`."""
-        point = start
+        point, count = start, 0
         memory = self.init([start.y])
-        for count in range(self.max_steps + 1):
+        while True:
             residual = _tree.length(point.grad)
             if not (math.isfinite(point.value) and math.isfinite(residual)):
                 return Minimum(point, residual, Status.NONFINITE, count)
             if residual <= tol or (stop is not None and stop(point)):
                 return Minimum(point, residual, Status.CONVERGED, count)
             if count == self.max_steps:
-                break
+                return Minimum(point, residual, Status.MAX_STEPS, count)
             (y,), memory = self.step([point.y], [point.grad], memory)
-            point = fun.evaluate(y)
-        return Minimum(point, residual, Status.MAX_STEPS, self.max_steps)
+            point, count = fun.evaluate(y), count + 1

@@ -111,7 +111,7 @@ def _minimize_jointly(
     split = [x.numel(), y.numel()]
 
     def evaluate(vector: Tensor) -> Point:
-        u, v = vector.split(split)
+        u, v = torch.split(vector, split)
         value, grad_x, grad_y = oracle.upper_grad(u, v)
         noise = torch.finfo(vector.dtype).eps * abs(float(value))
         return Point(vector, float(value), torch.cat([grad_x, grad_y]), noise)
@@ -131,7 +131,7 @@ def _minimize_jointly(
             return None
         if _tree.length(point.grad) <= 1e-6 * size:
             break
-    u, v = point.y.split(split)
+    u, v = torch.split(point.y, split)
     return u.clone(), v.clone()
 
 

@@ -11,7 +11,7 @@ import torch
 from bilevel._problem import BilevelProblem
 from bilevel._solution import State
 from bilevel._types import Schedule, Tree
-from bilevel.barriers import log_rational
+from bilevel.barriers import Barrier, log_rational
 from bilevel.estimators.value_function import ValueFunction
 from bilevel.optim._base import Minimizer
 from bilevel.optim.newton import Newton
@@ -134,7 +134,8 @@ class ASBLO(Solver):
             value = getattr(self, name)
             if not (value > 0.0 and math.isfinite(value)):
                 raise ValueError(
-                    f"`ASBLO({name}=...)` must be a finite number > 0. Got {name}={value}. Leave it out for the default."
+                    f"`ASBLO({name}=...)` must be a finite number > 0. Got {name}={value}. "
+                    "Leave it out for the default."
                 )
         for name in ("value_steps", "lower_steps"):
             if getattr(self, name) < 1:
@@ -143,7 +144,8 @@ class ASBLO(Solver):
                 )
         if self.multiplier not in ("slack", "gap"):
             raise ValueError(
-                f'`ASBLO(multiplier=...)` must be "slack" or "gap". Got {self.multiplier!r}. Use "slack" unless batches are large.'
+                f'`ASBLO(multiplier=...)` must be "slack" or "gap". Got {self.multiplier!r}. '
+                'Use "slack" unless batches are large.'
             )
         for name in ("value_optimizer", "lower_optimizer", "upper_optimizer"):
             if not isinstance(getattr(self, name), Torch):
@@ -186,10 +188,13 @@ class ASBLO(Solver):
             epsilon=(self.epsilon or _SEQUENTIAL["epsilon"])(k) * lower,
             sigma=(self.sigma or _SEQUENTIAL["sigma"])(k) * upper,
             theta=None if self.theta is None else self.theta(k) * upper / square,
-            barrier=log_rational(self.kappa * lower),
+            barrier=self._barrier(lower),
             pessimistic=self.pessimistic,
             minimizer=self.minimizer,
         )
+
+    def _barrier(self, lower: float) -> Barrier:
+        return log_rational(self.kappa * lower)
 
     def _sequence(self) -> _sequential.Sequence:
         return _sequential.Sequence(
@@ -207,7 +212,7 @@ class ASBLO(Solver):
             theta=self.theta,
             sigma=self.sigma or _SINGLE_LOOP["sigma"],
             epsilon=self.epsilon or _SINGLE_LOOP["epsilon"],
-            barrier=lambda lower: log_rational(self.kappa * lower),
+            barrier=self._barrier,
             pessimistic=self.pessimistic,
             value_steps=self.value_steps,
             lower_steps=self.lower_steps,
