@@ -33,7 +33,7 @@ class Batch(NamedTuple):
     lower: Any = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Box:
     """The set `low <= x <= high`; calling it projects a tree of tensors onto the set.
 
@@ -42,7 +42,9 @@ class Box:
         high: Upper bound, likewise. `+inf` is allowed.
 
     Raises:
-        ValueError: A number `low` lies above the number `high`, or one of them is NaN.
+        ValueError: `low` lies above `high` somewhere, or one of them is NaN.
+        TypeError: A bound is neither a number, nor a tensor, nor a tree of them.
+        StructureError: The bounds do not fit each other.
 
     Example:
         >>> Box(0.0, 1.0)(torch.tensor([-2.0, 0.5, 2.0]))
@@ -53,11 +55,23 @@ class Box:
     high: Tree = float("inf")
 
     def __post_init__(self) -> None:
-        lows, highs = _tree.leaves(self.low), _tree.leaves(self.high)
-        for low, high in zip(lows * len(highs), highs * len(lows), strict=False):
-            if not bool(torch.all(torch.as_tensor(low) <= torch.as_tensor(high))):
+        lows, highs = _leaves_of_bound(self.low, "low"), _leaves_of_bound(self.high, "high")
+        if len(lows) > 1 and len(highs) > 1 and _tree.names(self.low) != _tree.names(self.high):
+            raise StructureError(
+                "`Box(low=..., high=...)` must have two bounds of one structure. "
+                f"Got {_tree.names(self.low)} and {_tree.names(self.high)}. Give both for the same leaves."
+            )
+        for low, high in zip(lows * len(highs), highs * len(lows), strict=True):
+            try:
+                ordered = bool(torch.all(low <= high))
+            except RuntimeError as error:
+                raise StructureError(
+                    "`Box(low=..., high=...)` must have bounds that broadcast to each other. "
+                    f"Got shapes {tuple(low.shape)} and {tuple(high.shape)}. Use a number or the shape of x."
+                ) from error
+            if not ordered:
                 raise ValueError(
-                    f"`Box(low=..., high=...)` must have low <= high. Got low={low}, high={high}. "
+                    f"`Box(low=..., high=...)` must have low <= high. Got low={self.low}, high={self.high}. "
                     "Swap or widen the bounds."
                 )
 
@@ -73,25 +87,36 @@ class Box:
         return _spread(self.low, x, "low"), _spread(self.high, x, "high")
 
 
+def _leaves_of_bound(bound: Tree, name: str) -> list[Tensor]:
+    parts: list[Any] = list(_tree.leaves(bound))
+    for part in parts:
+        if not isinstance(part, Tensor | int | float):
+            raise TypeError(
+                f"`Box({name}=...)` must be a number, a tensor, or a tree of them. "
+                f"Got {type(part).__name__}. Pass e.g. 0.0, or a tensor like x."
+            )
+    return [torch.as_tensor(part) for part in parts]
+
+
 def _spread(bound: Tree, x: Tree, name: str) -> Tree:
-    parts = _tree.leaves(bound)
+    parts = _leaves_of_bound(bound, name)
     targets = _tree.leaves(x)
-    if len(parts) == 1:
+    if isinstance(bound, Tensor | int | float):
         parts = parts * len(targets)
-    if len(parts) != len(targets):
+    elif _tree.names(bound) != _tree.names(x):
         raise StructureError(
-            f"`Box({name}=...)` must be a number, a tensor, or a tree like x with {len(targets)} leaves. "
-            f"Got {len(parts)} leaves. Give one bound for each leaf of x."
+            f"`Box({name}=...)` must be a number, a tensor, or a tree like x with the leaves "
+            f"{_tree.names(x)}. Got {_tree.names(bound)}. Give one bound for each leaf of x."
         )
     try:
         spread = [
-            torch.as_tensor(part, dtype=leaf.dtype, device=leaf.device).expand(leaf.shape)
+            part.to(dtype=leaf.dtype, device=leaf.device).expand(leaf.shape)
             for part, leaf in zip(parts, targets, strict=True)
         ]
     except RuntimeError as error:
         raise StructureError(
             f"`Box({name}=...)` must broadcast to the shape of x. "
-            f"Got {[tuple(torch.as_tensor(part).shape) for part in parts]} for x of "
+            f"Got {[tuple(part.shape) for part in parts]} for x of "
             f"{[tuple(leaf.shape) for leaf in targets]}. Use a number or the shape of x."
         ) from error
     return _tree.unflatten_like(x, spread)
@@ -175,7 +200,7 @@ def ravel(
         low, high = domain.bounds(x)
         domain = Box(_tree.ravel(low)[0], _tree.ravel(high)[0])
     elif domain is not None:
-        domain = _over_vectors(domain, x, unravel_x)
+        domain = _over_vectors(domain, unravel_x)
     flat = BilevelProblem(
         over_vectors(problem.upper),
         over_vectors(problem.lower),
@@ -187,13 +212,24 @@ def ravel(
     return flat, (x_vector, y_vector), unravel_x, unravel_y
 
 
-def _over_vectors(project: Projection, x: Tree, unravel: Callable[[Tensor], Tree]) -> Projection:
+def _over_vectors(project: Projection, unravel: Callable[[Tensor], Tree]) -> Projection:
     def projected(vector: Tensor) -> Tensor:
-        image = project(unravel(vector))
-        _tree.check_like(image, x, "BilevelProblem(domain=...)(x)")
-        return _tree.ravel(image)[0]
+        return _tree.ravel(projected_by(project, unravel(vector)))[0]
 
     return projected
+
+
+def projected_by(domain: Projection | None, x: Tree) -> Tree:
+    """`domain(x)`, or `x` where there is no domain.
+
+    Raises:
+        StructureError: `domain` returns no tree like x.
+    """
+    if domain is None:
+        return x
+    image = domain(x)
+    _tree.check_like(image, x, "BilevelProblem(domain=...)(x)")
+    return image
 
 
 def scalar(value: Any, name: str) -> Tensor:

@@ -162,8 +162,18 @@ def check_like(tree: Tree, reference: Tree, where: str) -> None:
             "Return a tree like the one that was passed in."
         )
     for name, leaf, other in zip(names(tree), leaves(tree), leaves(reference), strict=True):
+        if not isinstance(leaf, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise StructureError(
+                f"`{where}{name}` must be a tensor. Got {type(leaf).__name__}. "
+                "Return a tree like the one that was passed in."
+            )
         if leaf.shape != other.shape or leaf.dtype != other.dtype:
             raise StructureError(
                 f"`{where}{name}` must have shape {tuple(other.shape)} and dtype {other.dtype}. "
                 f"Got {tuple(leaf.shape)} and {leaf.dtype}. Return a tree like the one that was passed in."
             )
+    if optree.tree_structure(tree) != optree.tree_structure(reference):
+        raise StructureError(
+            f"`{where}` must be made of the same dicts, lists and tuples as {type(reference).__name__} "
+            f"{names(reference)}. Got {type(tree).__name__}. Return a tree like the one that was passed in."
+        )

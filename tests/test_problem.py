@@ -68,6 +68,38 @@ def test_box_upside_down_says_the_rule(low: Any, high: Any) -> None:
         Box(low, high)
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "error", "message"),
+    [
+        ("a", 1.0, TypeError, r"`Box\(low=\.\.\.\)` must be a number, .*Got str"),
+        (0.0, {"a": None, "b": "1"}, TypeError, r"`Box\(high=\.\.\.\)` must be .*Got str"),
+        (torch.zeros(2), torch.ones(3), StructureError, r"Got shapes \(2,\) and \(3,\)"),
+        ([0.0, 0.0], [1.0, 1.0, 1.0], StructureError, r"two bounds of one structure"),
+        ({"a": 0.0, "b": 0.0}, {"a": 1.0, "c": 1.0}, StructureError, r"\['c'\]"),
+    ],
+)
+def test_box_of_bounds_that_do_not_fit_each_other_says_the_rule(
+    low: Any, high: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        Box(low, high)
+
+
+@pytest.mark.parametrize(
+    "bound", [{"q": 0.0, "r": 0.0}, {"a": 0.0}, [0.0, 0.0], {"a": 0.0, "b": 0.0, "c": 0.0}], ids=str
+)
+def test_box_with_other_names_than_x_is_not_matched_by_order(bound: Any) -> None:
+    x = {"a": torch.ones(1), "b": torch.ones(1)}
+    with pytest.raises(StructureError, match=r"tree like x with the leaves .*'a'.*'b'"):
+        Box(low=bound)(x)
+
+
+def test_boxes_with_tensors_can_be_compared() -> None:
+    box = Box(torch.zeros(2), torch.ones(2))
+    assert box == box
+    assert box != Box(torch.zeros(2), torch.ones(2))
+
+
 def test_box_projects_trees_with_numbers_tensors_and_trees_as_bounds() -> None:
     x = {"a": torch.tensor([-2.0, 2.0]), "b": torch.tensor(5.0)}
     number = Box(-1.0, 1.0)(x)
@@ -89,7 +121,7 @@ def test_box_keeps_dtype_and_nan() -> None:
 @pytest.mark.parametrize(
     ("box", "message"),
     [
-        (Box(low=[torch.zeros(1), torch.zeros(1)]), r"a tree like x with 1 leaves\. Got 2 leaves"),
+        (Box(low=[torch.zeros(1), torch.zeros(1)]), r"leaves \[''\]\. Got \['\[0\]', '\[1\]'\]"),
         (Box(high=torch.ones(4)), r"must broadcast to the shape of x"),
     ],
 )

@@ -139,6 +139,21 @@ def test_unlike_tree_says_the_rule(tree: Any, message: str) -> None:
         _tree.check_like(tree, {"a": torch.ones(2)}, "y")
 
 
+@pytest.mark.parametrize(
+    ("tree", "reference", "message"),
+    [
+        (1.0, torch.ones(1), r"`w` must be a tensor\. Got float"),
+        ({"a": None}, {"a": torch.ones(1)}, r"must have the structure"),
+        ([torch.ones(1)], (torch.ones(1),), r"same dicts, lists and tuples as tuple.*Got list"),
+        ([torch.ones(1)], torch.ones(1), r"must have the structure \[''\]"),
+        (OrderedDict(a=torch.ones(1)), {"a": torch.ones(1)}, r"Got OrderedDict"),
+    ],
+)
+def test_unlike_containers_say_the_rule(tree: Any, reference: Any, message: str) -> None:
+    with pytest.raises(StructureError, match=message):
+        _tree.check_like(tree, reference, "w")
+
+
 @pytest.mark.parametrize("tree", TREES, ids=lambda tree: type(tree).__name__)
 def test_good_variable_passes(tree: Any) -> None:
     _tree.check_variable(tree, "x0")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bilevel import _tree
 from bilevel._oracle import Oracle
-from bilevel._problem import BilevelProblem
+from bilevel._problem import BilevelProblem, projected_by
 from bilevel._solution import State, Status
 from bilevel._types import Schedule, Tree
 from bilevel.barriers import Barrier, relaxed
@@ -141,8 +141,7 @@ def step(loop: SingleLoop, problem: BilevelProblem, state: State, data: Any) -> 
     )
     y, optimizers["y"] = _moved(loop.lower_optimizer, y, grad_y, optimizers["y"])
     x, optimizers["x"] = _moved(loop.upper_optimizer, x, hypergradient, optimizers["x"])
-    if problem.domain is not None:
-        x = problem.domain(x)
+    x = projected_by(problem.domain, x)
     return State(
         x=x,
         y=y,

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from bilevel import _tree
-from bilevel._problem import BilevelProblem, ravel
+from bilevel._problem import BilevelProblem, projected_by, ravel
 from bilevel._solution import Evaluations, State, Status
 from bilevel._types import Tree
 from bilevel.estimators import Estimate, Estimator
@@ -90,7 +90,7 @@ class HypergradientDescent(Solver):
         moved, memory = optimizer.step(_tree.leaves(state.x), grad, state.memory["optimizer"])
         x_new = _tree.unflatten_like(state.x, moved)
         return State(
-            x=x_new if problem.domain is None else problem.domain(x_new),
+            x=projected_by(problem.domain, x_new),
             y=unravel_y(estimate.y),
             step=state.step + 1,
             metrics=_metrics(estimate),
