@@ -43,7 +43,7 @@ lint: $(STAMP)  ## Check style, types and layers
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
 	$(RUN) -m pyright
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 
 fmt: $(STAMP)  ## Format the code, mend what ruff can mend
 	$(RUN) -m ruff check --fix
