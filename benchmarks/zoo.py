@@ -10,7 +10,6 @@ within the problem's tolerance of an optimum.
 from __future__ import annotations
 
 import itertools
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from bilevel.testing import problems
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "zoo.md"
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 SOLVERS = {"ASBLO": bl.ASBLO(), "Implicit": bl.HypergradientDescent(bl.Implicit())}
+UNROLLED = bl.HypergradientDescent(bl.Unrolled(max_steps=100, lr=0.5))  # for BDA alone
 MAX_STEPS = 1000
 
 
@@ -40,37 +40,18 @@ class Run:
 
 
 def solve(case: problems.ZooProblem, solver: bl.Solver) -> Run:
-    start = time.perf_counter()
     solution = bl.solve(case.problem, solver, case.x0, case.y0, max_steps=MAX_STEPS, throw=False)
-    seconds = time.perf_counter() - start
     error = case.error(solution.x)
-    gap = solution.certificate.value_gap if solution.certificate else float("nan")
-    count = solution.evaluations
     return Run(
-        error <= case.tolerance,
-        error,
-        gap,
-        count.gradients,
-        count.hvp,
-        seconds,
-        solution.status,
-        solution.x,
+        solved=error <= case.tolerance,
+        error=error,
+        gap=bl.certify(case.problem, solution.x, solution.y).value_gap,
+        gradients=solution.evaluations.gradients,
+        hvps=solution.evaluations.hvp,
+        seconds=solution.seconds,
+        status=solution.status,
+        x=solution.x,
     )
-
-
-def unrolled(case: problems.ZooProblem, steps: int = 100, lr: float = 0.5) -> float:
-    """Where descent on F ends if it differentiates through `steps` gradient steps on f from y0."""
-    x = case.x0.clone().requires_grad_()
-    optimizer = torch.optim.SGD([x], lr=0.5)
-    for _ in range(200):
-        y = case.y0.clone().requires_grad_()
-        for _ in range(steps):
-            (grad,) = torch.autograd.grad(case.problem.lower(x, y, None), y, create_graph=True)
-            y = y - lr * grad
-        optimizer.zero_grad()
-        case.problem.upper(x, y, None).backward()
-        optimizer.step()
-    return float(x.detach())
 
 
 def row(problem: str, method: str, runs: list[Run]) -> list[str]:
@@ -84,6 +65,7 @@ def row(problem: str, method: str, runs: list[Run]) -> list[str]:
         f"{sum(run.gradients for run in runs) / mean:.0f}",
         f"{sum(run.hvps for run in runs) / mean:.0f}",
         f"{sum(run.seconds for run in runs) / mean:.2f}",
+        ", ".join(sorted({run.status.name for run in runs})),
     ]
 
 
@@ -111,16 +93,26 @@ def main() -> None:
             bda = [
                 [
                     case.name.split(" from ")[-1],
-                    *(f"{float(found[i].x):.5f}" for found in runs.values()),
-                    f"{unrolled(case):.5f}",
+                    *(f"{float(found[i].x) + 0.0:.5f}" for found in runs.values()),
+                    f"{round(float(solve(case, UNROLLED).x), 5) + 0.0:.5f}",
                 ]
                 for i, case in enumerate(cases)
             ]
-    head = ["problem", "method", "solved", "error", "value gap", "gradients", "HVPs", "seconds"]
+    head = [
+        "problem",
+        "method",
+        "solved",
+        "error",
+        "value gap",
+        "gradients",
+        "HVPs",
+        "seconds",
+        "status",
+    ]
     text = table(head, rows)
     if bda:
         text += "\n\nWhere x ends on BDA, whose solution is x = 1:\n\n"
-        text += table(["start", *SOLVERS, "unrolled by hand"], bda)
+        text += table(["start", *SOLVERS, "Unrolled"], bda)
     print("\n" + text)
     page = PAGE.read_text(encoding="utf-8")
     before, after = page.split(BEGIN)[0], page.split(END)[1]

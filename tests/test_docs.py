@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 
 import bilevel
+from bilevel.testing.problems import zoo
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
@@ -70,6 +71,13 @@ def test_public_name_has_docstring(name: str) -> None:
         item = getattr(item, part)
     if inspect.isclass(item) or inspect.isfunction(item):  # an alias of a type has none
         assert inspect.getdoc(item), f"`{name}` is public and has no docstring."
+
+
+def test_zoo_page_has_a_row_for_each_problem() -> None:
+    page = (ROOT / "docs/zoo.md").read_text(encoding="utf-8")
+    for case in zoo():
+        name = case.name.split(" from ")[0]
+        assert f"| {name} " in page, f"no row for {name}: run `make zoo`"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
