@@ -45,7 +45,7 @@ def finished(tmp_path_factory):
     for i in range(5):
         save(folder / f"photo{i}.png", scene(rng, 60 + i, 70))
     output = tmp_path_factory.mktemp("run")
-    done = train(folder, output, "--steps", "12", "--compare")
+    done = train(folder, output, "--steps", "30", "--compare")
     assert done.returncode == 0, done.stderr
     return folder, output, done.stdout
 
@@ -54,19 +54,13 @@ def test_a_run_leaves_all_that_it_promises(finished):
     _, output, text = finished
     assert {"weights.safetensors", "picture.png", "metrics.jsonl"} <= set(os.listdir(output))
     metrics = rows(output / "metrics.jsonl")
-    assert metrics[-1]["step"] == 12
+    assert metrics[-1]["step"] == 30
     assert {"upper", "value_gap", "sigma", "psnr", "step_seconds"} <= metrics[-1].keys()
     with Image.open(output / "picture.png") as picture:
         picture.load()
     assert "asblo" in text
     assert "single-level" in text
     assert "picture.png" in text.splitlines()[-2]
-
-
-def test_seed_decides_everything(finished, tmp_path):
-    folder, output, _ = finished
-    assert train(folder, tmp_path, "--steps", "12").returncode == 0
-    same(tmp_path, output / "asblo")
 
 
 def same(a, b):
@@ -78,21 +72,20 @@ def same(a, b):
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_sigterm_saves_and_resume_goes_on_bit_for_bit(finished, tmp_path):
-    folder, _, _ = finished
-    straight, broken = tmp_path / "straight", tmp_path / "broken"
-    assert train(folder, straight, "--steps", "40").returncode == 0
-    process = subprocess.Popen(command(folder, broken, "--steps", "40"), stdout=subprocess.DEVNULL)
+    folder, straight, _ = finished
+    broken = tmp_path
+    process = subprocess.Popen(command(folder, broken, "--steps", "30"), stdout=subprocess.DEVNULL)
     log = broken / "asblo" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120  # the machine may be busy
     while not (log.exists() and log.read_text().count("\n")):  # ten steps are done
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 75
+    assert process.wait(120) == 75
     assert not (broken / "weights.safetensors").exists()
     assert train(folder, broken, "--resume").returncode == 0
     same(straight, broken)
-    assert [row["step"] for row in rows(log)] == [10, 20, 30, 40]
+    assert [row["step"] for row in rows(log)] == [10, 20, 30]
 
 
 @pytest.mark.parametrize(
