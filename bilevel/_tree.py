@@ -95,6 +95,12 @@ def scale(factor: float | Tensor, tree: Tree) -> Tree:
     return unflatten_like(tree, [leaf * factor for leaf in leaves(tree)])
 
 
+def where(condition: Tensor, left: Tree, right: Tree) -> Tree:
+    """`left` where the 0-d `condition` holds, else `right`; decided on the device."""
+    pairs = zip(leaves(left), leaves(right), strict=True)
+    return unflatten_like(right, [torch.where(condition, a, b) for a, b in pairs])
+
+
 def is_finite(tree: Tree) -> bool:
     """Whether no leaf holds a NaN or an infinity."""
     return all(bool(torch.isfinite(leaf).all()) for leaf in leaves(tree))

@@ -19,11 +19,15 @@ from bilevel.barriers import Barrier
 from bilevel.optim._base import Point, SmoothFunction
 
 
+_CANCELLATION = 64.0  # f may be the sum of terms this much larger than itself
+
+
 class AtZ(NamedTuple):
     """What the lower objective knows at a point."""
 
     lower: float  # f(x, z)
     lower_x: Tensor  # its gradient in x, (m,)
+    lower_y: Tensor  # its gradient in y, (n,)
     losses: Tensor | None  # its losses by sample, (n,), where the problem is per_sample
 
 
@@ -44,7 +48,7 @@ class RegularizedLower(SmoothFunction):
             lower + 0.5 * self._mu * float(y @ y),
             grad + self._mu * y,
             noise=torch.finfo(y.dtype).eps * abs(lower),
-            extra=AtZ(lower, lower_x, self._oracle.losses),
+            extra=AtZ(lower, lower_x, grad, self._oracle.losses),
         )
 
     @property
@@ -87,6 +91,7 @@ class AtY(NamedTuple):
     upper: float  # F(x, y)
     lower: float  # f(x, y)
     gap: float  # f(x, y) - f(x, z)
+    gap_noise: float  # its rounding error
     zeta: float  # f(x, y) - v(x), negative inside
     multiplier: float  # lambda = P'(zeta)
     curvature: float  # P''(zeta)
@@ -119,15 +124,28 @@ class GapFunction(SmoothFunction):
         #: v(x) - f(x, z), less what the regularization of the gap takes from it at z
         self.slack = parameters.epsilon + 0.5 * (parameters.mu - self._in_gap) * float(z.y @ z.y)
 
-    def _zeta(self, y: Tensor, at: AtZ) -> tuple[float, float]:
-        """The gap f(x, y) - f(x, z), sample by sample where it can be, and zeta."""
+    def _gap(self, y: Tensor, at: AtZ) -> tuple[float, float]:
+        """f(x, y) - f(x, z) and its rounding error.
+
+        The two values share their digits. The trapezoidal rule along the way from z to y, from gradients that
+        are known anyway, does not: where both agree within the rounding error of the values, it is the
+        better one (exact where f is quadratic), and a constant added to f leaves no trace in it.
+        """
         z: AtZ = self._z.extra
+        eps = torch.finfo(y.dtype).eps
+        rounding = _CANCELLATION * eps * (abs(at.lower) + abs(z.lower))
         if at.losses is not None and z.losses is not None:
-            gap = float((at.losses.double() - z.losses.double()).mean())
+            by_values = float((at.losses.double() - z.losses.double()).mean())
         else:
-            gap = at.lower - z.lower
+            by_values = at.lower - z.lower
+        by_gradients = 0.5 * float((at.lower_y + z.lower_y) @ (y - self._z.y))
+        if abs(by_values - by_gradients) <= rounding:
+            return by_gradients, 4.0 * eps * abs(by_gradients)
+        return by_values, rounding
+
+    def _zeta(self, y: Tensor, gap: float) -> float:
         square = 0.5 * float((y - self._z.y) @ (y + self._z.y))  # (|y|^2 - |z|^2) / 2
-        return gap, gap + self._in_gap * square - self.slack
+        return gap + self._in_gap * square - self.slack
 
     def regularized_gap(self, point: Point) -> float:
         """How far y is above z in the function that z minimizes."""
@@ -136,12 +154,13 @@ class GapFunction(SmoothFunction):
 
     def well_inside(self, point: Point) -> bool:
         """Whether a point of `RegularizedLower` uses at most half of the slack."""
-        return self._zeta(point.y, point.extra)[1] <= -0.5 * self.slack
+        return self._zeta(point.y, self._gap(point.y, point.extra)[0]) <= -0.5 * self.slack
 
     def evaluate(self, y: Tensor) -> Point:
         value, lower_x, lower_y = self._oracle.lower_grad(self._x, y)
         lower = float(value)
-        gap, zeta = self._zeta(y, AtZ(lower, lower_x, self._oracle.losses))
+        gap, gap_noise = self._gap(y, AtZ(lower, lower_x, lower_y, self._oracle.losses))
+        zeta = self._zeta(y, gap)
         if not zeta < 0.0:
             return Point(y, math.inf, lower_y)
         z, sigma = torch.tensor(zeta, dtype=torch.float64), self._p.sigma
@@ -154,16 +173,16 @@ class GapFunction(SmoothFunction):
             + float(self._p.barrier.value(z, sigma))
             + 0.5 * self._theta * float(y @ y)
         )
-        rounding = abs(upper) + multiplier * (abs(lower) + abs(self._z.extra.lower))
         return Point(
             y,
             total,
             self.sign * upper_y + multiplier * gap_y + self._theta * y,
-            noise=torch.finfo(y.dtype).eps * rounding,
+            noise=torch.finfo(y.dtype).eps * abs(upper) + multiplier * gap_noise,
             extra=AtY(
                 upper,
                 lower,
                 gap,
+                gap_noise,
                 zeta,
                 multiplier,
                 float(self._p.barrier.second_derivative(z, sigma)),

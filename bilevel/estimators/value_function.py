@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel import _tree
 from bilevel._oracle import Oracle
 from bilevel._problem import BilevelProblem
 from bilevel._solution import Status
@@ -20,6 +21,7 @@ from bilevel.optim._base import Minimizer, Minimum, Point
 from bilevel.optim.newton import Newton
 
 _MEMORY = 0.5  # the gradient of F that sets the tolerances fades by this factor an estimate
+_COLD = 1e-3  # of the gradient of f at the start: what z may leave where nothing else is known
 _BETTER = 1e-10  # relative decrease of f at which y counts as a better lower minimizer than z
 
 
@@ -76,7 +78,7 @@ class ValueFunction(Estimator):
     theta: float | None = None
     barrier: Barrier = field(default_factory=log_rational)
     pessimistic: bool = False
-    tol: float = 1e-8
+    tol: float = 1e-10
     minimizer: Minimizer = field(default_factory=Newton)
 
     def __post_init__(self) -> None:
@@ -115,11 +117,12 @@ class ValueFunction(Estimator):
         oracle = Oracle(problem, data)
         warm = dict(memory or {})
         lower = RegularizedLower(oracle, x, self.mu, warm.get("lower_hessian"))
-        # The error of z enters the hypergradient times lambda, that of y times a constant (math of
-        # inexact solves): hence the two tolerances. Without a memory, z is solved to rounding.
+        # The error of z enters the hypergradient times lambda, that of y times a constant: hence the two
+        # tolerances. Before lambda is known, z is solved as far as its own start allows.
         pull = float(warm.get("upper_gradient", 0.0))
-        z_tol = self.tol * pull / float(warm.get("multiplier", 1.0))
-        z = self.minimizer.minimize(lower, lower.evaluate(warm.get("z", y)), z_tol)
+        start_z = lower.evaluate(warm.get("z", y))
+        push = pull / float(warm["multiplier"]) if pull else _COLD * _tree.length(start_z.grad)
+        z = self.minimizer.minimize(lower, start_z, self.tol * push)
         gap = GapFunction(oracle, x, self, z.point, warm.get("hessians"))
         while True:
             if z.status in (Status.NONFINITE, Status.LOWER_UNBOUNDED):
@@ -135,7 +138,7 @@ class ValueFunction(Estimator):
             if gap.regularized_gap(minimum.point) >= -_BETTER * self.epsilon:
                 return self._estimate(oracle, lower, gap, z, minimum, pull)
             # y lies in a deeper lower basin than z: z starts again from there.
-            z = self.minimizer.minimize(lower, lower.evaluate(y), z_tol)
+            z = self.minimizer.minimize(lower, lower.evaluate(y), self.tol * push)
             gap = GapFunction(oracle, x, self, z.point, gap.hessians)
 
     def _feasible(
@@ -182,6 +185,7 @@ class ValueFunction(Estimator):
                 "upper": at_y.upper,
                 "lower": at_y.lower,
                 "value_gap": at_y.gap,
+                "gap_noise": at_y.gap_noise,
                 "slack": -at_y.zeta,
                 "multiplier": at_y.multiplier,
                 "lower_residual": z.residual,

@@ -18,7 +18,6 @@ linalg: Any = torch.linalg  # its stubs are untyped
 _SUFFICIENT_DECREASE = 1e-4  # Armijo's constant
 _HALVINGS = 40  # 2^-40 of a Newton step is no step
 _REUSE = 0.2  # keep an old Hessian while each step reduces the gradient at least fivefold
-_POLISH = 5  # steps that may sharpen the gradient where the value has no digits left to lose
 _UNBOUNDED = 1e10  # growth of |y| at which a minimum is not believed to exist
 
 
@@ -71,8 +70,7 @@ class Newton(Minimizer):
         dense = y.numel() <= self.dense_limit
         bound = _UNBOUNDED * (1.0 + _tree.length(y))
         fresh = stale = False  # fresh: the Hessian is this point's own; stale: it no longer serves
-        residual = _tree.length(point.grad)
-        polished = 0
+        residual = first = _tree.length(point.grad)
         for step in range(self.max_steps):
             if not math.isfinite(residual):
                 return Minimum(point, residual, Status.NONFINITE, step)
@@ -81,24 +79,26 @@ class Newton(Minimizer):
             if dense and (stale or not fun.has_hessian):
                 fun.refresh(point)
                 fresh, stale = True, False
+            forcing = min(0.1, math.sqrt(residual / first))
             direction = (
                 _dense_direction(fun.hessian(point), point.grad)
                 if dense
-                else _cg_direction(fun.hvp(point), point.grad, self.cg_steps)
+                else _cg_direction(fun.hvp(point), point.grad, forcing * residual, self.cg_steps)
             )
             direction = _capped(direction, point.y)
             # What the value can still lose, against the rounding error of what it lost so far.
             noise = 16.0 * max(point.noise, eps * (start.value - point.value))
-            settled = -0.5 * float(direction @ point.grad) <= noise
-            polished += settled
-            new = _line_search(fun, point, direction, noise) if polished <= _POLISH else None
+            if -0.5 * float(direction @ point.grad) <= noise:
+                new = _sharper(fun, point, direction, noise)
+                if new is None:
+                    return Minimum(point, residual, Status.CONVERGED, step)
+            else:
+                new = _line_search(fun, point, direction, noise)
             if new is None:
-                if dense and not fresh and polished <= _POLISH:
+                if dense and not fresh:
                     stale = True
                     continue
-                return Minimum(
-                    point, residual, Status.CONVERGED if settled else Status.STALLED, step
-                )
+                return Minimum(point, residual, Status.STALLED, step)
             before, residual = residual, _tree.length(new.grad)
             stale = dense and residual > _REUSE * before
             fresh = False
@@ -130,14 +130,14 @@ def _dense_direction(hessian: Tensor, grad: Tensor) -> Tensor:
     return -(vectors @ ((vectors.T @ grad) / size.clamp(min=floor)))
 
 
-def _cg_direction(hvp: Callable[[Tensor], Tensor], grad: Tensor, max_steps: int) -> Tensor:
+def _cg_direction(
+    hvp: Callable[[Tensor], Tensor], grad: Tensor, target: float, max_steps: int
+) -> Tensor:
     """Conjugate gradients on `H d = -grad`, stopped early far from the minimum and at negative curvature."""
     d = torch.zeros_like(grad)
     r = -grad
     p = r
     rr = float(r @ r)
-    norm = math.sqrt(rr)
-    target = min(0.1, norm**0.5) * norm
     for _ in range(max_steps):
         hp = hvp(p)
         curvature = float(p @ hp)
@@ -154,12 +154,22 @@ def _cg_direction(hvp: Callable[[Tensor], Tensor], grad: Tensor, max_steps: int)
     return d
 
 
+def _sharper(fun: SmoothFunction, point: Point, direction: Tensor, noise: float) -> Point | None:
+    """The full step, where the value has no digits left to lose but the gradient halves; else None."""
+    new = fun.evaluate(point.y + direction)
+    if new.value <= point.value + noise and _tree.length(new.grad) <= 0.5 * _tree.length(
+        point.grad
+    ):
+        return new
+    return None
+
+
 def _line_search(
     fun: SmoothFunction, point: Point, direction: Tensor, noise: float
 ) -> Point | None:
     """The first of the steps 1, 1/2, 1/4, ... that decreases the function, or None.
 
-    Where the decrease drowns in the rounding error of the value, a step that halves the gradient counts.
+    Where the decrease drowns in the rounding error of the values, a step that halves the gradient counts.
     """
     slope = float(direction @ point.grad)
     if not slope < 0.0:
@@ -170,10 +180,9 @@ def _line_search(
         new = fun.evaluate(point.y + t * direction)
         if new.value <= point.value + _SUFFICIENT_DECREASE * t * slope:
             return new
-        if new.value <= point.value + noise:
-            if _tree.length(new.grad) <= 0.5 * size:
-                return new
-            if -slope * t <= noise:
-                return None
+        if new.value <= point.value + noise and _tree.length(new.grad) <= 0.5 * size:
+            return new
+        if -slope * t <= noise:
+            return None
         t *= 0.5
     return None

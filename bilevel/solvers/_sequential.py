@@ -24,6 +24,7 @@ _STAGE_TOL = (
     1e-3  # predicted decrease of phi at which a stage is solved, in units of F times epsilon
 )
 _GAP_TOL = 1e-6  # largest value gap of an answer, in units of f
+_SHARP = 5e-3  # of the estimated error of x: how far the last stage may stay from its solution
 _ROUNDING = 100.0  # the slack stays this many times above the rounding error of f
 
 
@@ -147,13 +148,15 @@ def _is_solved(
     domain: Projection | None,
     tol: float,
 ) -> bool:
-    """Whether the quasi-Newton model predicts no decrease of phi worth a step."""
+    """Whether the quasi-Newton model predicts no decrease of phi worth a step, and no step in the last stage."""
     if not bool(point.grad.any()):
         return True
     if memory["quasi_newton"]["steps"].shape[0] == 0:
         return False
     direction = optimizer.direction(point, memory["quasi_newton"], domain)
-    return -0.5 * float(direction @ point.grad) <= max(tol, point.noise)
+    if "target" in memory:
+        return _tree.length(direction) <= memory["target"]
+    return -0.5 * float(direction @ point.grad) <= tol
 
 
 def _close_stage(
@@ -163,44 +166,56 @@ def _close_stage(
     memory: dict[str, Any],
     domain: Projection | None,
 ) -> tuple[Status, str]:
-    """End the walk, or set the memory for the next stage.
+    """Set the memory for the next stage, or for the sharp solve that ends the last one.
 
     The error of x is O(1/lambda), so that two stages with multipliers lambda' < lambda tell how much is left:
     |x - x'| r / (1 - r), r = lambda'/lambda. The same line predicts where the next stage's solution lies.
     """
-    k, units = memory["stage"], memory["units"]
-    path: list[Any] = memory.get("path", [])
-    memory["path"] = [*path[-1:], {"x": x, "multiplier": estimate.info["multiplier"]}]
+    k, (lower_unit, _, _) = memory["stage"], memory["units"]
+    before: dict[str, Any] | None = memory.get("before")
+    multiplier = estimate.info["multiplier"]
     size = max(_tree.length(x), 1e-3 * math.sqrt(x.numel()))
-    if len(memory["path"]) == 2:
-        before = memory["path"][0]
-        ratio = before["multiplier"] / estimate.info["multiplier"]
-        if ratio < 1.0:
-            left = sequence.optimizer.direction(
-                Point(x, estimate.value, estimate.grad), memory["quasi_newton"], domain
-            )
-            error = _tree.length(x - before["x"]) * ratio / (1.0 - ratio)
-            error += _tree.length(left)
-            if error <= sequence.rtol * size and estimate.info["value_gap"] <= _GAP_TOL * units[0]:
-                return _verdict(estimate, f"estimated error of x {error:.2g} after {k + 1} stages")
-    resolution = torch.finfo(x.dtype).eps * max(abs(estimate.info["lower"]), units[0])
-    if sequence.epsilon(k + 1) * units[0] < _ROUNDING * resolution:
-        return _verdict(estimate, f"the slack reached the rounding error of f after {k + 1} stages")
+    error = math.inf
+    if before is not None and before["multiplier"] < multiplier:
+        ratio = before["multiplier"] / multiplier
+        error = _tree.length(x - before["x"]) * ratio / (1.0 - ratio)
+    resolution = torch.finfo(x.dtype).eps * lower_unit + estimate.info["gap_noise"]
+    is_accurate = (
+        error <= sequence.rtol * size and estimate.info["value_gap"] <= _GAP_TOL * lower_unit
+    )
+    is_last = sequence.epsilon(k + 1) * lower_unit < _ROUNDING * resolution
+    is_sharp = memory.pop("target", None) is not None
+    if is_accurate or is_last:
+        reason = (
+            f"estimated error of x {error:.2g}"
+            if is_accurate
+            else "the slack reached the rounding error of f"
+        )
+        memory["target"] = _SHARP * max(min(error, size), sequence.rtol * size * _SHARP)
+        memory["reason"] = f"{reason}, after {k + 1} stages"
+        left = sequence.optimizer.direction(
+            Point(x, estimate.value, estimate.grad), memory["quasi_newton"], domain
+        )
+        return (
+            _verdict(estimate, memory["reason"])
+            if _tree.length(left) <= memory["target"]
+            else (Status.RUNNING, "")
+        )
     del memory["phi"]
     memory["stage"] = k + 1
-    if len(memory["path"]) == 2:
-        shift = (x - memory["path"][0]["x"]) * _extrapolation(sequence, k, memory["path"])
+    memory["before"] = {"x": x, "multiplier": multiplier}
+    if before is not None:
+        shift = (x - before["x"]) * _extrapolation(sequence, k, before["multiplier"], multiplier)
         memory["next_x"] = x + shift if domain is None else domain(x + shift)
     return Status.RUNNING, ""
 
 
-def _extrapolation(sequence: Sequence, k: int, path: list[Any]) -> float:
+def _extrapolation(sequence: Sequence, k: int, before: float, now: float) -> float:
     """How far along x - x' the next solution lies, by the line in 1/lambda through the last two."""
-    before, now = 1.0 / path[0]["multiplier"], 1.0 / path[1]["multiplier"]
-    if not now < before:
+    if not before < now:
         return 0.0
-    following = now * math.sqrt(sequence.epsilon(k + 1) / sequence.epsilon(k))
-    return min(1.0, (now - following) / (before - now))
+    following = now * math.sqrt(sequence.epsilon(k) / sequence.epsilon(k + 1))
+    return min(1.0, (1.0 / now - 1.0 / following) / (1.0 / before - 1.0 / now))
 
 
 def _verdict(estimate: Estimate, message: str) -> tuple[Status, str]:

@@ -139,6 +139,10 @@ def step(loop: SingleLoop, problem: BilevelProblem, state: State, data: Any) -> 
     z, optimizers["z"] = _moved(
         loop.value_optimizer, z, _tree.axpy(mu, z, lower_z), optimizers["z"]
     )
+    # The value function lies below f(x, y): where y is the better lower minimizer, z goes on from there.
+    is_deeper = average < 0.0
+    z = _tree.where(is_deeper, y, z)
+    average = torch.where(is_deeper, torch.zeros_like(average), average)
     y, optimizers["y"] = _moved(loop.lower_optimizer, y, grad_y, optimizers["y"])
     x, optimizers["x"] = _moved(loop.upper_optimizer, x, hypergradient, optimizers["x"])
     x = projected_by(problem.domain, x)
