@@ -10,7 +10,7 @@ from pathlib import Path
 import tyro
 from console import fail_plainly, pick_device, score_table
 from degradations import degradation
-from photographs import BUNDLED_TEST, bundled, load_folder
+from photographs import bundled, load_folder
 from rich.console import Console
 from scores import evaluate
 from tiles import restore
@@ -40,10 +40,7 @@ class Arguments:
 def main(arguments: Arguments):
     device = pick_device(arguments.device)
     net, about = load_weights(arguments.weights, device)
-    if arguments.data is None:
-        photographs = [p for p in bundled() if p.name in BUNDLED_TEST]
-    else:
-        photographs = load_folder(arguments.data)
+    photographs = bundled().test if arguments.data is None else load_folder(arguments.data)
     results = evaluate(
         photographs,
         degradation(about["task"], about["sigma"]),

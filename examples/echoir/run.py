@@ -169,8 +169,8 @@ def _average(average: bl.State, state: bl.State):
 
 def _facts(row: dict[str, Any]) -> str:
     """The progress line: loss, value gap, sigma where the solver has them, PSNR, step time."""
-    names = {"upper": "loss", "value_gap": "gap", "sigma": "sigma"}
-    facts = [f"{short} {row[name]:.4f}" for name, short in names.items() if name in row]
+    forms = {"upper": "loss {:.4f}", "value_gap": "gap {:.1e}", "sigma": "sigma {:.3f}"}
+    facts = [form.format(row[name]) for name, form in forms.items() if name in row]
     return "  ".join([*facts, f"PSNR {row['psnr']:.2f} dB", f"{1e3 * row['step_seconds']:.0f} ms"])
 
 
