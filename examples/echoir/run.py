@@ -79,7 +79,7 @@ class Run:
 
         Raises:
             Interrupted: if a signal came; the newest checkpoint is of the step it came in.
-            bl.NonFiniteError: if training diverged.
+            bl.BilevelError: if training diverged; the checkpoint before stays.
         """
         saved = load(self.folder / "checkpoints", self.device) if resume else None
         log = self._open_log(saved.state.step if saved else 0)
@@ -108,6 +108,8 @@ class Run:
         began = time.perf_counter()
         for state in states:
             stepping += time.perf_counter() - began
+            if state.status.is_failure:
+                raise state.status.error(f"{self.name}: {state.message}")
             _average(now.average, state)
             now = replace(
                 now,

@@ -6,8 +6,8 @@
     python examples/echoir/train.py --resume               # go on after Ctrl-C, SIGTERM or a power failure
 
 Ends with a table of PSNR and SSIM on photographs that training has not seen, and writes to --output:
-picture.png, weights.safetensors, metrics.jsonl (one folder a method). Exit codes: 0 done, 2 a mistake in the
-arguments or the data, 75 stopped by a signal and saved.
+picture.png, weights.safetensors and metrics.jsonl, and a folder for each method. Exit codes: 0 done, 1 diverged,
+2 a mistake in the arguments or the data, 75 stopped by a signal and saved.
 """
 
 import json
@@ -38,6 +38,7 @@ from weights import save_weights
 import bilevel as bl
 
 METHODS = ("asblo", "single-level")
+DIVERGED = 1
 STOPPED = 75  # EX_TEMPFAIL: not an error, try again (with --resume)
 CROP = 256  # pixels of a held-out photograph that the progress line's PSNR is measured on
 
@@ -270,6 +271,9 @@ def command_line(words: Sequence[str] | None = None):
         except Interrupted as interrupted:
             console.print(f"{interrupted}; go on with --resume", soft_wrap=True)
             sys.exit(STOPPED)
+        except bl.BilevelError as error:
+            console.print(str(error), markup=False, soft_wrap=True)
+            sys.exit(DIVERGED)
 
 
 if __name__ == "__main__":

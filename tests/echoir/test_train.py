@@ -121,3 +121,10 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
     with pytest.raises(ValueError, match="only damaged ones"):
         load_checkpoint(tmp_path, CPU)
     assert load_checkpoint(tmp_path / "nothing here", CPU) is None
+
+
+def test_divergence_is_told(folder, tmp_path, capsys):
+    with pytest.raises(SystemExit) as left:
+        command_line(command(folder, tmp_path, "--steps", "5", "--lr", "1e30")[2:])
+    assert left.value.code == 1
+    assert "NaN or infinite" in capsys.readouterr().out
