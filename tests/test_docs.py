@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 
 import bilevel
+import bilevel.testing
 from bilevel.testing.problems import zoo
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,19 +45,22 @@ def test_python_of_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
         exec(compile(padded, str(ROOT / page), "exec"), names)
 
 
-def public_names() -> list[str]:
-    """`bilevel.X` for the names of the package, `bilevel.m.X` for those of its public modules."""
+def public_names(module: ModuleType) -> list[str]:
+    """The full names of what a package exports, itself and by its public modules."""
     found: list[str] = []
-    for name in bilevel.__all__:
-        item = getattr(bilevel, name)
+    for name in module.__all__:
+        item = getattr(module, name)
         if isinstance(item, ModuleType):
-            found += [f"bilevel.{name}.{part}" for part in item.__all__]
+            found += public_names(item)
         else:
-            found.append(f"bilevel.{name}")
+            found.append(f"{module.__name__}.{name}")
     return found
 
 
-@pytest.mark.parametrize("name", public_names())
+PUBLIC = [*public_names(bilevel), *public_names(bilevel.testing)]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
 def test_public_name_stands_in_reference(name: str) -> None:
     pages = "\n".join(p.read_text(encoding="utf-8") for p in (ROOT / "docs/reference").glob("*.md"))
     assert re.search(rf"^::: {re.escape(name)}$", pages, re.MULTILINE), (
@@ -64,7 +68,7 @@ def test_public_name_stands_in_reference(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", public_names())
+@pytest.mark.parametrize("name", PUBLIC)
 def test_public_name_has_docstring(name: str) -> None:
     item: object = bilevel
     for part in name.split(".")[1:]:
