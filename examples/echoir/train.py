@@ -182,7 +182,7 @@ def methods(
 
     def adamw(total: int) -> bl.optim.Torch:
         lr = warm_cosine(a.lr, total)
-        return bl.optim.Torch(torch.optim.AdamW, lr=lr, weight_decay=1e-4, fused=True)
+        return bl.optim.Torch(torch.optim.AdamW, lr=lr, weight_decay=1e-4)
 
     def asblo(total: int) -> bl.Solver:
         return bl.ASBLO(
