@@ -104,7 +104,8 @@ class Run:
         bar = progress.add_task(self.name, total=now.total, completed=now.state.step, facts="")
         start = time.perf_counter() - now.seconds
         saved_at = time.perf_counter()
-        psnr, stepping = float("nan"), 0.0
+        seen: dict[str, float] = {}  # the latest PSNR, once there is one
+        stepping = 0.0
         began = time.perf_counter()
         for state in states:
             stepping += time.perf_counter() - began
@@ -118,9 +119,9 @@ class Run:
                 seconds=time.perf_counter() - start,
             )
             if state.step % LOOK_EVERY == 0 or state.step == now.total:
-                psnr = self.psnr(now.average)
+                seen = {"psnr": self.psnr(now.average)}
             if state.step % LOG_EVERY == 0 or state.step == now.total:
-                row = {"step": state.step, "seconds": round(now.seconds, 2), "psnr": psnr}
+                row = {"step": state.step, "seconds": round(now.seconds, 2), **seen}
                 row |= {"step_seconds": round(stepping / LOG_EVERY, 4)}
                 stepping = 0.0
                 row |= {name: float(value) for name, value in state.metrics.items()}
@@ -171,9 +172,14 @@ def _average(average: bl.State, state: bl.State):
 
 def _facts(row: dict[str, Any]) -> str:
     """The progress line: loss, value gap, sigma where the solver has them, PSNR, step time."""
-    forms = {"upper": "loss {:.4f}", "value_gap": "gap {:.1e}", "sigma": "sigma {:.3f}"}
-    facts = [form.format(row[name]) for name, form in forms.items() if name in row]
-    return "  ".join([*facts, f"PSNR {row['psnr']:.2f} dB", f"{1e3 * row['step_seconds']:.0f} ms"])
+    forms = {
+        "upper": "loss {:.4f}",
+        "value_gap": "gap {:.1e}",
+        "sigma": "sigma {:.3f}",
+        "psnr": "PSNR {:.2f} dB",
+        "step_seconds": "{:.3f} s a step",
+    }
+    return "  ".join(form.format(row[name]) for name, form in forms.items() if name in row)
 
 
 def _progress(console: Console) -> Progress:
