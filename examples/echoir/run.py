@@ -64,15 +64,15 @@ class Run:
         return max(1, round(seconds / each[len(each) // 2]))
 
     def train(
-        self, console: Console, *, total: int, limit: float = float("inf"), resume: bool = False
+        self, console: Console, *, seconds: float, steps: int | None = None, resume: bool = False
     ) -> Checkpoint:
         """Steps to the end.
 
         Args:
             console: where to show it.
-            total: steps of the whole run.
-            limit: seconds after which the run ends all the same.
-            resume: go on from the newest checkpoint in the folder, if there is one.
+            seconds: time to plan for, and to stay near to.
+            steps: do exactly so many instead, however long it takes.
+            resume: go on from the newest checkpoint in the folder, if there is one, as planned.
 
         Returns:
             The last checkpoint, which is on disk too.
@@ -81,28 +81,30 @@ class Run:
             Interrupted: if a signal came; the newest checkpoint is of the step it came in.
             bl.BilevelError: if training diverged; the checkpoint before stays.
         """
-        saved = load(self.folder / "checkpoints", self.device) if resume else None
-        log = self._open_log(saved.state.step if saved else 0)
-        with log, _signals() as asked, _progress(console) as progress:
-            if saved is None:
-                first = bl.State(self.x0, self.y0)
-                saved = Checkpoint(first, _copy(first), total, 0.0)
-                states = bl.iterate(
-                    self.problem, self.solver(total), self.x0, self.y0, self._batches(0, total)
-                )
-            else:
-                total = saved.total
-                states = bl.iterate(
-                    self.problem,
-                    self.solver(total),
-                    state=saved.state,
-                    batches=self._batches(saved.state.step, total),
-                )
-            return self._loop(states, saved, limit, asked, progress, log, console)
+        now = load(self.folder / "checkpoints", self.device) if resume else None
+        limit = float("inf") if steps else PATIENCE * seconds
+        if now is None:
+            first = bl.State(self.x0, self.y0)
+            now = Checkpoint(first, _copy(first), steps or self.plan(seconds), 0.0)
+            start: dict[str, Any] = {"x0": self.x0, "y0": self.y0}
+        else:
+            start = {"state": now.state}
+        batches = self._batches(now.state.step, now.total)
+        states = (
+            bl.iterate(self.problem, self.solver(now.total), batches=batches, **start)
+            if now.state.step < now.total
+            else ()
+        )
+        with (
+            self._open_log(now.state.step) as log,
+            _signals() as asked,
+            _progress(console) as progress,
+        ):
+            return self._loop(states, now, limit, asked, progress, log, console)
 
     def _loop(self, states, now, limit, asked, progress, log, console) -> Checkpoint:
         bar = progress.add_task(self.name, total=now.total, completed=now.state.step, facts="")
-        start = time.perf_counter() - now.seconds
+        origin = time.perf_counter() - now.seconds
         saved_at = time.perf_counter()
         seen: dict[str, float] = {}  # the latest PSNR, once there is one
         stepping = 0.0
@@ -116,7 +118,7 @@ class Run:
                 now,
                 state=state,
                 average=replace(now.average, step=state.step),
-                seconds=time.perf_counter() - start,
+                seconds=time.perf_counter() - origin,
             )
             if state.step % LOOK_EVERY == 0 or state.step == now.total:
                 seen = {"psnr": self.psnr(now.average)}

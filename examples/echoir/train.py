@@ -29,7 +29,7 @@ from patches import PatchSampler
 from photographs import Split, bundled, load_folder, split
 from picture import save_grid
 from rich.console import Console
-from run import PATIENCE, Interrupted, Run
+from run import Interrupted, Run
 from scores import Result, evaluate, mean
 from single_level import SingleLevel
 from tiles import restore
@@ -119,14 +119,19 @@ def settle(a: Arguments) -> Arguments:
             )
     if not 0 < a.val_share < 1:
         raise ValueError(
-            f"`--val-share` must be above 0 and below 1. Got {a.val_share}. Use e.g. 0.2."
+            f"`--val-share` must be above 0 and below 1. Got {a.val_share}. Use e.g. 0.67."
         )
+    return a
+
+
+def start_anew(a: Arguments):
+    """Clears what an earlier run left in --output, and notes the arguments for --resume."""
     for method in METHODS:
-        shutil.rmtree(a.output / method, ignore_errors=True)  # another run's checkpoints
+        shutil.rmtree(a.output / method, ignore_errors=True)
     a.output.mkdir(parents=True, exist_ok=True)
     kept = asdict(a) | {"data": a.data and str(a.data.resolve())}
-    saved.write_text(json.dumps({k: v for k, v in kept.items() if k not in ("output", "resume")}))
-    return a
+    del kept["output"], kept["resume"]
+    (a.output / "arguments.json").write_text(json.dumps(kept))
 
 
 def fast_bfloat16(device: torch.device) -> bool:
@@ -227,7 +232,7 @@ def main(arguments: Arguments, console: Console):
 
     def restored(state: bl.State, crop: int | None = None) -> list[Result]:
         bl.update_module(net, state)
-        tile = 512 if crop is None else crop
+        tile = crop or 1024  # in one piece, unless a photograph is very large
         return evaluate(
             data.test,
             degrade,
@@ -235,12 +240,13 @@ def main(arguments: Arguments, console: Console):
             crop,
         )
 
+    runs = methods(a, data, net, device, restored)
+    if not a.resume:
+        start_anew(a)
     results: dict[str, list[Result]] = {}
     seconds = 60 * a.minutes
-    for name, run in methods(a, data, net, device, restored).items():
-        total = a.steps or (0 if a.resume else run.plan(seconds))
-        limit = math.inf if a.steps else PATIENCE * seconds
-        done = run.train(console, total=total, limit=limit, resume=a.resume)
+    for name, run in runs.items():
+        done = run.train(console, seconds=seconds, steps=a.steps, resume=a.resume)
         results[name] = restored(done.average)
         about = {
             "method": name,
