@@ -110,7 +110,8 @@ class Implicit(Estimator):
                 "lower_residual": solved.residual,
                 "linear_residual": residual,
             },
-            noise=torch.finfo(x.dtype).eps * abs(float(upper)),
+            # F(x, y) - F(x, y*) = v . grad_y f to first order: the lower residual is rounding too
+            noise=torch.finfo(x.dtype).eps * abs(float(upper)) + _tree.length(v) * solved.residual,
             memory={"v": v, "scale": scale, "lower_hessian": lower.lower_hessian},
             evaluations=oracle.evaluations,
         )

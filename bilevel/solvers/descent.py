@@ -146,6 +146,10 @@ class HypergradientDescent(Solver):
             solved = slope <= max(1e-10 * abs(estimate.value), 100.0 * estimate.noise)
             status = Status.CONVERGED if solved or left == 0.0 else Status.STALLED
             message = "no step decreases F any more"
+        elif (
+            new is None
+        ):  # the value may belong to another start of the lower solve: measure it again
+            del memory["estimate"]
         if status is Status.CONVERGED and estimate.status is not Status.CONVERGED:
             status, message = estimate.status, estimate.status.value
         return State(
