@@ -1,0 +1,169 @@
+import math
+from typing import Any
+
+import pytest
+import torch
+from cases import reduced, sgd
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import bilevel as bl
+from bilevel.linear import CG, Dense, LinearSolver, Neumann
+from bilevel.testing.problems import bda, quadratic
+
+
+def error_on_quadratic(
+    method: bl.Estimator, nx: int, ny: int, condition: float, seed: int
+) -> float:
+    case = quadratic(nx, ny, condition, seed)
+    generator = torch.Generator().manual_seed(seed)
+    x, y = (torch.randn(n, dtype=torch.float64, generator=generator) for n in (nx, ny))
+    exact = torch.func.grad(reduced(case.problem, case.y0))(x)
+    estimate = method.estimate(case.problem, x, y)
+    assert estimate.status is bl.Status.CONVERGED
+    return float((estimate.grad - exact).norm() / exact.norm())
+
+
+SIZES = {"nx": st.integers(1, 50), "ny": st.integers(1, 50), "seed": st.integers(0, 10**6)}
+
+
+@given(condition=st.floats(1.0, 1e3), **SIZES)
+def test_dense_is_the_closed_form(nx: int, ny: int, condition: float, seed: int) -> None:
+    method = bl.Implicit(Dense())
+    assert error_on_quadratic(method, nx, ny, condition, seed) < 1e-10
+
+
+@given(condition=st.floats(1.0, 1e3), **SIZES)
+def test_cg_is_the_closed_form(nx: int, ny: int, condition: float, seed: int) -> None:
+    assert error_on_quadratic(bl.Implicit(CG()), nx, ny, condition, seed) < 1e-8
+
+
+@pytest.mark.parametrize(("linear", "bound"), [(Dense(), 1e-10), (CG(), 1e-8)], ids=str)
+def test_largest_quadratic_of_the_contract(linear: LinearSolver, bound: float) -> None:
+    for seed in range(3):
+        assert error_on_quadratic(bl.Implicit(linear), 50, 50, 1e3, seed) < bound
+
+
+@pytest.mark.parametrize("condition", [1.0, 10.0])
+def test_neumann_is_the_closed_form_where_the_condition_is_low(condition: float) -> None:
+    method = bl.Implicit(Neumann(1000))
+    assert error_on_quadratic(method, 5, 10, condition, 0) < 1e-9
+
+
+def test_truncated_neumann_says_that_the_system_is_not_solved() -> None:
+    case = quadratic(5, 10, 1e3)
+    estimate = bl.Implicit(Neumann(5)).estimate(case.problem, case.x0, case.y0)
+    assert estimate.status is bl.Status.LINEAR_UNSOLVED
+    assert estimate.info["linear_residual"] > 1e-3
+
+
+def test_unsolved_lower_problem_is_said_with_its_residual() -> None:
+    case = quadratic()
+    method = bl.Implicit(minimizer=sgd(1e-3, max_steps=3))
+    estimate = method.estimate(case.problem, case.x0, case.y0)
+    assert estimate.status is bl.Status.LOWER_UNSOLVED
+    gradient = torch.func.grad(lambda y: case.problem.lower(case.x0, y, None))(estimate.y)
+    assert estimate.info["lower_residual"] == pytest.approx(float(gradient.norm()), rel=1e-12)
+
+
+@pytest.mark.parametrize("linear", [Dense(), CG(), Neumann()], ids=str)
+def test_singular_hessian_is_said(linear: LinearSolver) -> None:
+    problem = bda().problem  # f ignores y_2, F does not
+    x, y = torch.tensor([0.5]).double(), torch.tensor([0.0, 3.0]).double()
+    assert bl.Implicit(linear).estimate(problem, x, y).status is bl.Status.LINEAR_UNSOLVED
+
+
+def scalar_problem(lower: Any, upper: Any = None) -> bl.BilevelProblem:
+    return bl.BilevelProblem(upper or (lambda x, y, data: ((y - x) ** 2).sum()), lower)
+
+
+ONE = torch.ones(1, dtype=torch.float64)
+ROOT = scalar_problem(lambda x, y, data: (y - x).sqrt().sum())  # NaN at y < x
+FAILURES = [
+    pytest.param(
+        scalar_problem(lambda x, y, data: (x * y).sum()),
+        bl.Status.LOWER_UNBOUNDED,
+        marks=pytest.mark.xfail(reason="Newton's steps on a linear f are short", strict=True),
+    ),
+    (scalar_problem(lambda x, y, data: -(y**2).sum() * x.sum()), bl.Status.LOWER_UNBOUNDED),
+    (scalar_problem(lambda x, y, data: ((y - x) ** 2).sum() * math.nan), bl.Status.NONFINITE),
+    (ROOT, bl.Status.NONFINITE),
+    (
+        scalar_problem(
+            lambda x, y, data: ((y - x) ** 2).sum(),
+            lambda x, y, data: (y - 9.0).sqrt().sum() * x[0],
+        ),
+        bl.Status.NONFINITE,
+    ),
+]
+
+
+@pytest.mark.parametrize("method", [bl.Implicit(), bl.Implicit(Dense())], ids=["CG", "Dense"])
+@pytest.mark.parametrize(
+    ("problem", "status"), FAILURES, ids=["linear", "concave", "f", "root", "F"]
+)
+def test_failure_is_a_status(problem: Any, status: bl.Status, method: bl.Estimator) -> None:
+    estimate = method.estimate(problem, ONE, 0.5 * ONE)
+    assert estimate.status is status
+    assert "lower_residual" in estimate.info
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 50])
+def test_unrolled_is_the_closed_form_of_its_steps(steps: int) -> None:
+    a, x, y0 = 0.3, 1.7, -0.4  # y_T = 3 x + (1 - a)^T (y0 - 3 x) for f = (y - 3 x)^2 / 2
+    problem = scalar_problem(
+        lambda x, y, data: 0.5 * ((y - 3.0 * x) ** 2).sum(),
+        lambda x, y, data: 0.5 * ((y - 1.0) ** 2).sum() + (x**2).sum(),
+    )
+    estimate = bl.Unrolled(steps, lr=a).estimate(problem, x * ONE, y0 * ONE)
+    left = (1.0 - a) ** steps
+    y = 3.0 * x + left * (y0 - 3.0 * x)
+    assert float(estimate.y) == pytest.approx(y, rel=1e-14)
+    assert float(estimate.grad) == pytest.approx(
+        (y - 1.0) * 3.0 * (1.0 - left) + 2.0 * x, rel=1e-13
+    )
+    assert estimate.value == pytest.approx(0.5 * (y - 1.0) ** 2 + x**2, rel=1e-14)
+    assert estimate.info["lower_residual"] == pytest.approx(abs(left * (y0 - 3.0 * x)), rel=1e-9)
+
+
+def test_unrolled_is_torch_through_its_own_loop() -> None:
+    def lower(x: Tensor, y: Tensor, data: Any) -> Tensor:
+        return (torch.sin(y) * x).sum() + 0.5 * (y**2).sum() + y[0] * y[1] * x[0]
+
+    def upper(x: Tensor, y: Tensor, data: Any) -> Tensor:
+        return (y**3).sum() + (x * y).sum()
+
+    x = torch.tensor([0.5, -1.2], dtype=torch.float64, requires_grad=True)
+    y = torch.tensor([0.3, 0.9], dtype=torch.float64, requires_grad=True)
+    v: Tensor = y
+    for _ in range(5):
+        (grad,) = torch.autograd.grad(lower(x, v, None), v, create_graph=True)
+        v = v - 0.2 * grad
+    (exact,) = torch.autograd.grad(upper(x, v, None), x)
+    problem = bl.BilevelProblem(upper, lower)
+    estimate = bl.Unrolled(5, lr=0.2).estimate(problem, x.detach(), y.detach())
+    torch.testing.assert_close(estimate.grad, exact, rtol=1e-13, atol=1e-13)
+
+
+def test_unrolled_that_diverges_is_nonfinite() -> None:
+    case = quadratic()
+    estimate = bl.Unrolled(2000, lr=1.0).estimate(case.problem, case.x0, case.y0)
+    assert estimate.status is bl.Status.NONFINITE
+
+
+@pytest.mark.parametrize(("steps", "products"), [(1, 2), (5, 10)])
+def test_unrolled_costs_two_products_a_step(steps: int, products: int) -> None:
+    case = quadratic()
+    count = bl.Unrolled(steps).estimate(case.problem, case.x0, case.y0).evaluations
+    assert (count.upper_grad, count.hvp) == (1, products)
+    assert count.lower_grad == 2 * steps + 1  # down, up again, and the residual
+
+
+def test_implicit_from_its_memory_at_the_same_point_solves_nothing_again() -> None:
+    case = quadratic()
+    method = bl.Implicit(Dense())
+    first = method.estimate(case.problem, case.x0, case.y0)
+    again = method.estimate(case.problem, case.x0, first.y, None, first.memory)
+    assert again.evaluations.lower_grad == 2  # is it solved, and the linearization
+    torch.testing.assert_close(again.grad, first.grad, rtol=1e-10, atol=0.0)
