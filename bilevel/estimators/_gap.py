@@ -55,12 +55,9 @@ class RegularizedLower(SmoothFunction):
     def has_hessian(self) -> bool:
         return self.lower_hessian is not None
 
-    def refresh(self, point: Point) -> None:
-        self.lower_hessian = self._oracle.linearized(self._x, point.y).hessian()
-
-    def hessian(self, point: Point) -> Tensor:
-        if self.lower_hessian is None:
-            self.refresh(point)
+    def hessian(self, point: Point, *, refresh: bool) -> Tensor:
+        if refresh or self.lower_hessian is None:
+            self.lower_hessian = self._oracle.linearized(self._x, point.y).hessian()
         return _plus_diagonal(self.lower_hessian, self._mu)
 
     def hvp(self, point: Point) -> Callable[[Tensor], Tensor]:
@@ -162,7 +159,7 @@ class GapFunction(SmoothFunction):
         gap, gap_noise = self._gap(y, AtZ(lower, lower_x, lower_y, self._oracle.losses))
         zeta = self._zeta(y, gap)
         if not zeta < 0.0:
-            return Point(y, math.inf, lower_y)
+            return Point(y, math.nan if math.isnan(zeta) else math.inf, lower_y)
         z, sigma = torch.tensor(zeta, dtype=torch.float64), self._p.sigma
         multiplier = float(self._p.barrier.derivative(z, sigma))
         value, upper_x, upper_y = self._oracle.upper_grad(self._x, y)
@@ -197,15 +194,12 @@ class GapFunction(SmoothFunction):
     def has_hessian(self) -> bool:
         return bool(self.hessians)
 
-    def refresh(self, point: Point) -> None:
-        self.hessians = {
-            "upper": self._oracle.linearized(self._x, point.y, upper=1.0, lower=0.0).hessian(),
-            "lower": self._oracle.linearized(self._x, point.y).hessian(),
-        }
-
-    def hessian(self, point: Point) -> Tensor:
-        if not self.hessians:
-            self.refresh(point)
+    def hessian(self, point: Point, *, refresh: bool) -> Tensor:
+        if refresh or not self.hessians:
+            self.hessians = {
+                "upper": self._oracle.linearized(self._x, point.y, upper=1.0, lower=0.0).hessian(),
+                "lower": self._oracle.linearized(self._x, point.y).hessian(),
+            }
         at: AtY = point.extra
         smooth = self.sign * self.hessians["upper"] + at.multiplier * self.hessians["lower"]
         rank_one = at.curvature * torch.outer(at.gap_y, at.gap_y)
@@ -218,7 +212,5 @@ class GapFunction(SmoothFunction):
         return lambda v: linear.hvp(v) + at.curvature * (at.gap_y @ v) * at.gap_y + ridge * v
 
 
-def _plus_diagonal(matrix: Tensor | None, value: float) -> Tensor:
-    if matrix is None:
-        raise RuntimeError("a Hessian was asked for before it was measured")
+def _plus_diagonal(matrix: Tensor, value: float) -> Tensor:
     return matrix + value * torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)

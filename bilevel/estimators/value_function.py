@@ -128,8 +128,9 @@ class ValueFunction(Estimator):
             if z.status in (Status.NONFINITE, Status.LOWER_UNBOUNDED):
                 return failed(oracle, x, y, z.status)
             start = self._feasible(lower, gap, y, z.point)
-            if start is None:
-                return failed(oracle, x, y, Status.INFEASIBLE)
+            if not math.isfinite(start.value):
+                status = Status.NONFINITE if math.isnan(start.value) else Status.INFEASIBLE
+                return failed(oracle, x, y, status)
             pull = max(_MEMORY * pull, start.extra.upper_y_norm)
             minimum = self.minimizer.minimize(gap, start, self.tol * pull)
             if minimum.status in (Status.NONFINITE, Status.LOWER_UNBOUNDED):
@@ -141,22 +142,17 @@ class ValueFunction(Estimator):
             z = self.minimizer.minimize(lower, lower.evaluate(y), self.tol * push)
             gap = GapFunction(oracle, x, self, z.point, gap.hessians)
 
-    def _feasible(
-        self, lower: RegularizedLower, gap: GapFunction, y: Tensor, z: Point
-    ) -> Point | None:
-        """A strictly feasible start: y itself, or phase I from y, or z.
+    def _feasible(self, lower: RegularizedLower, gap: GapFunction, y: Tensor, z: Point) -> Point:
+        """A strictly feasible start: y itself, or phase I from y, or z; an infinite value where there is none.
 
         Phase I descends f from y rather than restarting at z, which would lose the basin that F chose.
         """
         start = gap.evaluate(y)
-        if math.isfinite(start.value):
+        if start.value < math.inf or math.isnan(start.value):
             return start
         phase_one = self.minimizer.minimize(lower, lower.evaluate(y), stop=gap.well_inside)
-        for candidate in (phase_one.point.y, z.y):
-            start = gap.evaluate(candidate)
-            if math.isfinite(start.value):
-                return start
-        return None
+        start = gap.evaluate(phase_one.point.y)
+        return start if math.isfinite(start.value) else gap.evaluate(z.y)
 
     def _estimate(
         self,

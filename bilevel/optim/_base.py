@@ -38,18 +38,14 @@ class SmoothFunction(ABC):
     def evaluate(self, y: Tensor) -> Point:
         """The value and the gradient at `y`."""
 
-    @abstractmethod
-    def refresh(self, point: Point) -> None:
-        """Measure second derivatives at `point`, to be used by `hessian` until the next refresh."""
-
     @property
     @abstractmethod
     def has_hessian(self) -> bool:
         """Whether second derivatives were measured before, here or at a point nearby."""
 
     @abstractmethod
-    def hessian(self, point: Point) -> Tensor:
-        """The Hessian from the last measurement, shape (n, n)."""
+    def hessian(self, point: Point, *, refresh: bool) -> Tensor:
+        """The Hessian, shape (n, n): measured at `point` on `refresh`, else where it last was."""
 
     @abstractmethod
     def hvp(self, point: Point) -> Callable[[Tensor], Tensor]:

@@ -69,22 +69,32 @@ class Newton(Minimizer):
         eps = torch.finfo(y.dtype).eps
         dense = y.numel() <= self.dense_limit
         bound = _UNBOUNDED * (1.0 + _tree.length(y))
-        fresh = stale = False  # fresh: the Hessian is this point's own; stale: it no longer serves
+        stale = False  # whether the Hessian measured last no longer serves
+        is_convex = (
+            fun.has_hessian
+        )  # whether the last Hessian was positive definite; one from before was
         residual = first = _tree.length(point.grad)
         for step in range(self.max_steps):
             if not math.isfinite(residual):
                 return Minimum(point, residual, Status.NONFINITE, step)
-            if residual <= tol or (stop is not None and stop(point)):
+            if stop is not None and stop(point):
                 return Minimum(point, residual, Status.CONVERGED, step)
-            if dense and (stale or not fun.has_hessian):
-                fun.refresh(point)
-                fresh, stale = True, False
+            if residual <= tol:
+                lower = _beside_saddle(fun, point, is_convex) if dense else None
+                if lower is None:
+                    return Minimum(point, residual, Status.CONVERGED, step)
+                point, residual, is_convex = lower, _tree.length(lower.grad), True
+                first = max(first, residual)
+                continue
+            fresh = dense and (stale or not fun.has_hessian)
             forcing = min(0.1, math.sqrt(residual / first))
-            direction = (
-                _dense_direction(fun.hessian(point), point.grad)
-                if dense
-                else _cg_direction(fun.hvp(point), point.grad, forcing * residual, self.cg_steps)
-            )
+            if dense:
+                direction, is_convex = _dense_direction(
+                    fun.hessian(point, refresh=fresh), point.grad
+                )
+            else:
+                hvp = fun.hvp(point)
+                direction = _cg_direction(hvp, point.grad, forcing * residual, self.cg_steps)
             direction = _capped(direction, point.y)
             # What the value can still lose, against the rounding error of what it lost so far.
             noise = 16.0 * max(point.noise, eps * (start.value - point.value))
@@ -101,7 +111,6 @@ class Newton(Minimizer):
                 return Minimum(point, residual, Status.STALLED, step)
             before, residual = residual, _tree.length(new.grad)
             stale = dense and residual > _REUSE * before
-            fresh = False
             point = new
             if not _tree.length(point.y) < bound:
                 return Minimum(point, residual, Status.LOWER_UNBOUNDED, step + 1)
@@ -118,16 +127,33 @@ def _capped(direction: Tensor, y: Tensor) -> Tensor:
     return direction if length <= limit else direction * (limit / length)
 
 
-def _dense_direction(hessian: Tensor, grad: Tensor) -> Tensor:
+def _dense_direction(hessian: Tensor, grad: Tensor) -> tuple[Tensor, bool]:
+    """The Newton direction, and whether the Hessian is positive definite."""
     factor, info = linalg.cholesky_ex(hessian)
     if int(info) == 0:
-        return -torch.cholesky_solve(grad[:, None], factor)[:, 0]
+        return -torch.cholesky_solve(grad[:, None], factor)[:, 0], True
     values, vectors = linalg.eigh(hessian)
     size = values.abs()
     floor = float(size.max()) * math.sqrt(torch.finfo(grad.dtype).eps)
     if floor == 0.0:
-        return -grad
-    return -(vectors @ ((vectors.T @ grad) / size.clamp(min=floor)))
+        return -grad, False
+    return -(vectors @ ((vectors.T @ grad) / size.clamp(min=floor))), False
+
+
+def _beside_saddle(fun: SmoothFunction, point: Point, is_convex: bool) -> Point | None:
+    """A lower point along the most negative curvature of a stationary point, or None at a minimum."""
+    if is_convex:
+        return None
+    values, vectors = linalg.eigh(fun.hessian(point, refresh=True))
+    if float(values[0]) >= -math.sqrt(torch.finfo(values.dtype).eps) * float(values.abs().max()):
+        return None
+    t = math.sqrt(point.y.numel())
+    for _ in range(_HALVINGS):
+        new = fun.evaluate(point.y + t * vectors[:, 0])
+        if new.value < point.value - 16.0 * point.noise:
+            return new
+        t *= 0.5
+    return None
 
 
 def _cg_direction(

@@ -81,7 +81,7 @@ class QuasiNewton:
             if domain is None
             else _backtrack(evaluate, point, direction, domain, self.max_trials)
         )
-        if new is None:
+        if new is None or torch.equal(new.y, point.y):  # a step below the resolution of x is none
             return None, self.init(point.y)
         return new, self._remember(memory, new.y - point.y, new.grad - point.grad)
 
@@ -171,6 +171,8 @@ def _wolfe(
     for _ in range(max_trials):
         new = evaluate(point.y + t * direction)
         if not _decreases(point, new, t * slope):
+            if -t * slope <= _noise(point, new):
+                return best
             high = t
         else:
             best = new
@@ -202,6 +204,8 @@ def _backtrack(
         new = evaluate(x)
         if _decreases(point, new, slope):
             return new
+        if -slope <= _noise(point, new):
+            return None
         t *= 0.5
     return None
 
@@ -212,6 +216,10 @@ def _decreases(point: Point, new: Point, slope: float) -> bool:
         return False
     if new.value <= point.value + _SUFFICIENT_DECREASE * slope:
         return True
-    noise = 16.0 * max(point.noise, new.noise)
-    size = _tree.length(point.grad)
-    return new.value <= point.value + noise and _tree.length(new.grad) < size
+    return new.value <= point.value + _noise(point, new) and _tree.length(new.grad) < _tree.length(
+        point.grad
+    )
+
+
+def _noise(point: Point, new: Point) -> float:
+    return 16.0 * max(point.noise, new.noise)

@@ -54,16 +54,16 @@ def measure(
     if not (math.isfinite(first.value) and bool(torch.isfinite(first.grad).all())):
         return _failed(x, y, Status.NONFINITE, oracle)
     z = _minimize_lower(oracle, x, y, minimizer)
-    if z is None:
-        return _failed(x, y, Status.LOWER_UNBOUNDED, oracle)
+    if isinstance(z, Status):
+        return _failed(x, y, z, oracle)
     values = [oracle.upper_grad(x, v) for v in (y, z)]
     if not all(bool(torch.isfinite(part).all()) for at in values for part in at):
         return _failed(x, z, Status.NONFINITE, oracle)
     joint = None if pessimistic else _minimize_jointly(oracle, problem.domain, x, z)
     start_x, start_y = joint or (x, y)
     deepest = _minimize_lower(oracle, start_x, start_y, minimizer)
-    if deepest is None:
-        return _failed(x, y, Status.LOWER_UNBOUNDED, oracle)
+    if isinstance(deepest, Status):
+        return _failed(x, y, deepest, oracle)
     ends = (y, z, start_y, deepest)
     square = max(float(v @ v) for v in ends) or float(y.numel())
     reach = math.sqrt(square)
@@ -95,13 +95,15 @@ def _failed(x: Tensor, y: Tensor, status: Status, oracle: Oracle) -> Scales:
     return Scales(1.0, 1.0, 1.0, x, y, y, status, oracle.evaluations)
 
 
-def _minimize_lower(oracle: Oracle, x: Tensor, y: Tensor, minimizer: Minimizer) -> Tensor | None:
+def _minimize_lower(oracle: Oracle, x: Tensor, y: Tensor, minimizer: Minimizer) -> Tensor | Status:
+    """The minimizer of f(x, .) found from y, or why there is none."""
     lower = RegularizedLower(oracle, x, 0.0)
     start = lower.evaluate(y)
     size = _tree.length(start.grad)
     lower = RegularizedLower(oracle, x, _TINY_MU * size / (1.0 + _tree.length(y)))
     found = minimizer.minimize(lower, lower.evaluate(y), 1e-10 * size)
-    return None if found.status in (Status.LOWER_UNBOUNDED, Status.NONFINITE) else found.point.y
+    failed = found.status in (Status.LOWER_UNBOUNDED, Status.NONFINITE)
+    return found.status if failed else found.point.y
 
 
 def _minimize_jointly(

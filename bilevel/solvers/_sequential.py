@@ -25,7 +25,10 @@ _STAGE_TOL = (
 )
 _GAP_TOL = 1e-6  # largest value gap of an answer, in units of f
 _SHARP = 5e-3  # of the estimated error of x: how far the last stage may stay from its solution
-_ROUNDING = 100.0  # the slack stays this many times above the rounding error of f
+_SHARP_STEPS = 20  # at most: rounding may keep x from getting any nearer
+_ROUNDING = (
+    100.0  # the slack stays this many times above the rounding error of f, a step above that of x
+)
 
 
 class Sequence(NamedTuple):
@@ -91,7 +94,8 @@ def step(sequence: Sequence, problem: BilevelProblem, state: State) -> State:
             message=f"{status.value} (in stage {k})",
             evaluations=state.evaluations + spent,
         )
-    tol = _STAGE_TOL * sequence.epsilon(k) * memory["units"][1]
+    rounding = torch.finfo(x.dtype).eps
+    tol = max(_STAGE_TOL * sequence.epsilon(k), 10.0 * rounding) * memory["units"][1]
     stuck = False
     if not _is_solved(sequence.optimizer, point, memory, flat.domain, tol):
         memory["warm"], y = point.extra.memory, point.extra.y
@@ -112,6 +116,9 @@ def step(sequence: Sequence, problem: BilevelProblem, state: State) -> State:
         "info": dict(estimate.info),
     }
     status, message = Status.RUNNING, ""
+    if "target" in memory:
+        memory["sharp_steps"] -= 1
+        stuck = stuck or memory["sharp_steps"] == 0
     if stuck or _is_solved(sequence.optimizer, point, memory, flat.domain, tol):
         status, message = _close_stage(sequence, x, estimate, memory, flat.domain)
     return State(
@@ -179,28 +186,23 @@ def _close_stage(
     if before is not None and before["multiplier"] < multiplier:
         ratio = before["multiplier"] / multiplier
         error = _tree.length(x - before["x"]) * ratio / (1.0 - ratio)
-    resolution = torch.finfo(x.dtype).eps * lower_unit + estimate.info["gap_noise"]
+    # lambda ~ epsilon^(-1/2): its error 1/lambda and its noise lambda times the rounding error meet at eps.
+    eps = torch.finfo(x.dtype).eps
+    resolution = max(eps * lower_unit, _ROUNDING * estimate.info["gap_noise"])
     is_accurate = (
         error <= sequence.rtol * size and estimate.info["value_gap"] <= _GAP_TOL * lower_unit
     )
-    is_last = sequence.epsilon(k + 1) * lower_unit < _ROUNDING * resolution
+    is_last = sequence.epsilon(k + 1) * lower_unit < resolution
     is_sharp = memory.pop("target", None) is not None
     if is_accurate or is_last:
-        reason = (
-            f"estimated error of x {error:.2g}"
-            if is_accurate
-            else "the slack reached the rounding error of f"
-        )
-        memory["target"] = _SHARP * max(min(error, size), sequence.rtol * size * _SHARP)
-        memory["reason"] = f"{reason}, after {k + 1} stages"
-        left = sequence.optimizer.direction(
-            Point(x, estimate.value, estimate.grad), memory["quasi_newton"], domain
-        )
-        return (
-            _verdict(estimate, memory["reason"])
-            if _tree.length(left) <= memory["target"]
-            else (Status.RUNNING, "")
-        )
+        if is_sharp:
+            reason = "the slack reached the rounding error of f"
+            reason = f"estimated error of x {error:.2g}" if is_accurate else reason
+            return _verdict(estimate, f"{reason}, after {k + 1} stages")
+        floor = _ROUNDING * eps * size
+        memory["target"] = max(_SHARP * min(error, size), _SHARP**2 * sequence.rtol * size, floor)
+        memory["sharp_steps"] = _SHARP_STEPS
+        return Status.RUNNING, ""
     del memory["phi"]
     memory["stage"] = k + 1
     memory["before"] = {"x": x, "multiplier": multiplier}
