@@ -1,6 +1,6 @@
 """Reads `Example:` in a docstring as the section that Griffe calls `Examples:`.
 
-Griffe takes the singular for a remark, and would set the prompts of a session as text.
+Griffe takes the singular for a remark, and would set the prompts `>>>` as text.
 """
 
 import re
