@@ -18,7 +18,6 @@ from bilevel._oracle import Oracle
 from bilevel.barriers import Barrier
 from bilevel.optim._base import Point, SmoothFunction
 
-
 _CANCELLATION = 64.0  # f may be the sum of terms this much larger than itself
 
 

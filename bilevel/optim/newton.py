@@ -134,9 +134,10 @@ def _dense_direction(hessian: Tensor, grad: Tensor) -> tuple[Tensor, bool]:
         return -torch.cholesky_solve(grad[:, None], factor)[:, 0], True
     values, vectors = linalg.eigh(hessian)
     size = values.abs()
-    floor = float(size.max()) * math.sqrt(torch.finfo(grad.dtype).eps)
-    if floor == 0.0:
-        return -grad, False
+    eps = torch.finfo(grad.dtype).eps
+    floor = float(size.max()) * math.sqrt(eps)
+    if floor == 0.0:  # no curvature at all: as far along the gradient as a step may be
+        return -grad / eps, False
     return -(vectors @ ((vectors.T @ grad) / size.clamp(min=floor))), False
 
 

@@ -200,7 +200,7 @@ def _close_stage(
             reason = f"estimated error of x {error:.2g}" if is_accurate else reason
             return _verdict(estimate, f"{reason}, after {k + 1} stages")
         floor = _ROUNDING * eps * size
-        memory["target"] = max(_SHARP * min(error, size), _SHARP**2 * sequence.rtol * size, floor)
+        memory["target"] = max(_SHARP * min(error, size), _SHARP * sequence.rtol * size, floor)
         memory["sharp_steps"] = _SHARP_STEPS
         return Status.RUNNING, ""
     del memory["phi"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -69,6 +69,33 @@ def init(loop: SingleLoop, problem: BilevelProblem, x0: Tree, y0: Tree, data: An
     )
 
 
+class _Numbers(NamedTuple):
+    """The schedules at one step, in the user's units."""
+
+    mu: float
+    theta: float | None
+    sigma: float
+    epsilon: float
+    barrier: Barrier
+    max_multiplier: float
+    rate_y: float
+    rate_z: float
+
+
+def _numbers(loop: SingleLoop, k: int, units: Sequence[float]) -> _Numbers:
+    lower, upper, square = units
+    return _Numbers(
+        mu=loop.mu(k) * lower / square,
+        theta=None if loop.theta is None else loop.theta(k) * upper / square,
+        sigma=loop.sigma(k) * upper,
+        epsilon=loop.epsilon(k) * lower,
+        barrier=loop.barrier(lower),
+        max_multiplier=loop.max_multiplier * upper / lower,
+        rate_y=loop.lower_optimizer.rate(k),
+        rate_z=loop.value_optimizer.rate(k),
+    )
+
+
 def step(loop: SingleLoop, problem: BilevelProblem, state: State, data: Any) -> State:
     r"""One step of z, y and x on one batch.
 
@@ -76,97 +103,77 @@ def step(loop: SingleLoop, problem: BilevelProblem, state: State, data: Any) -> 
     f(x, y) and f(x, z) see the same batch, so that its noise cancels in their difference.
     """
     k = state.step
-    lower_unit, upper_unit, square = state.memory["units"]
-    mu = loop.mu(k) * lower_unit / square
-    epsilon, sigma = loop.epsilon(k) * lower_unit, loop.sigma(k) * upper_unit
-    barrier = loop.barrier(lower_unit)
-    oracle = Oracle(problem, data)
+    numbers = _numbers(loop, k, state.memory["units"])
     sign = -1.0 if loop.pessimistic else 1.0
+    oracle = Oracle(problem, data)
     optimizers = dict(state.memory["optimizers"])
     x, y, z = state.x, state.y, state.memory["z"]
 
     for _ in range(loop.value_steps - 1):  # z <- z - alpha (grad f + mu z), Eq. 14
         _, lower_z = oracle.lower_grad_y(x, z)
-        z, optimizers["z"] = _moved(
-            loop.value_optimizer, z, _tree.axpy(mu, z, lower_z), optimizers["z"]
-        )
+        grad_z = _tree.axpy(numbers.mu, z, lower_z)
+        z, optimizers["z"] = _moved(loop.value_optimizer, z, grad_z, optimizers["z"])
     value_z, lower_x_at_z, lower_z = oracle.lower_grad(x, z)
+    grad_z = _tree.axpy(numbers.mu, z, lower_z)
     losses_z = oracle.losses
-    slack = epsilon + 0.5 * mu * _tree.vdot(z, z)  # v(x) - f(x, z): known without a batch
+    # v(x) - f(x, z) is known without a batch
+    slack = numbers.epsilon + 0.5 * numbers.mu * _tree.vdot(z, z)
+
     average: Tensor | None = state.memory.get("gap")
-
-    def pull(value_y: Tensor, upper_y: Tree, lower_y: Tree) -> tuple[Tensor, Tree]:
-        """The multiplier, and the gradient in y of Eq. 15 in units of its curvature."""
-        nonlocal average
-        batch_gap = _mean_difference(value_y, value_z, oracle.losses, losses_z)
-        average = (
-            batch_gap if average is None else _AVERAGING * average + (1.0 - _AVERAGING) * batch_gap
-        )
-        weight, curvature = _multiplier(loop, barrier, average, slack, sigma)
-        weight = weight.clamp(max=loop.max_multiplier * upper_unit / lower_unit)
-        theta = weight * mu if loop.theta is None else loop.theta(k) * upper_unit / square
-        grad = _tree.axpy(
-            weight, lower_y, _tree.axpy(theta, y, _tree.axpy(sign, upper_y, _tree.zeros_like(y)))
-        )
-        # alpha_y = 1 / (L_F + lambda L_f + P'' |grad f|^2), with L_F = 1 / lr_y and L_f = 1 / lr_z
-        rate_y, rate_z = loop.lower_optimizer.rate(k), loop.value_optimizer.rate(k)
-        stiffness = (
-            1.0 + weight * (rate_y / rate_z) + rate_y * curvature * _tree.vdot(lower_y, lower_y)
-        )
-        return weight, _tree.scale(1.0 / stiffness, grad)
-
     for _ in range(loop.lower_steps - 1):
         value_y, lower_y = oracle.lower_grad_y(x, y)
-        _, grad_y = pull(value_y, oracle.upper_grad_y(x, y)[1], lower_y)
+        average = _averaged(average, _gap(value_y, value_z, oracle.losses, losses_z))
+        _, upper_y = oracle.upper_grad_y(x, y)
+        weight = _multiplier(loop, numbers, average, slack)
+        grad_y = _pull(numbers, weight, y, _tree.scale(sign, upper_y), lower_y)
         y, optimizers["y"] = _moved(loop.lower_optimizer, y, grad_y, optimizers["y"])
     value_y, lower_x, lower_y = oracle.lower_grad(x, y)
-    losses_y = oracle.losses
+    gap = _gap(value_y, value_z, oracle.losses, losses_z)
+    average = _averaged(average, gap)
     upper, upper_x, upper_y = oracle.upper_grad(x, y)
-    weight, grad_y = pull(value_y, upper_y, lower_y)
+    weight = _multiplier(loop, numbers, average, slack)
+    grad_y = _pull(numbers, weight, y, _tree.scale(sign, upper_y), lower_y)
     # Eq. 16: the hypergradient, lambda a constant
     difference = _tree.axpy(-1.0, lower_x_at_z, lower_x)
-    hypergradient = _tree.axpy(sign * weight, difference, upper_x)
+    hypergradient = _tree.axpy(sign * weight.value, difference, upper_x)
 
     norm = _tree.norm(hypergradient)
-    if not bool(torch.isfinite(norm + _tree.norm(grad_y) + _tree.norm(lower_z) + upper + value_y)):
+    evaluations = state.evaluations + oracle.evaluations
+    if not bool(torch.isfinite(norm + _tree.norm(grad_y) + _tree.norm(grad_z) + upper + value_y)):
         message = f"{Status.NONFINITE.value} (at step {k + 1}; F = {float(upper):.6g}, f = {float(value_y):.6g})"
-        return replace(
-            state,
-            status=Status.NONFINITE,
-            message=message,
-            evaluations=state.evaluations + oracle.evaluations,
-        )
-    z, optimizers["z"] = _moved(
-        loop.value_optimizer, z, _tree.axpy(mu, z, lower_z), optimizers["z"]
-    )
+        return replace(state, status=Status.NONFINITE, message=message, evaluations=evaluations)
+    z, optimizers["z"] = _moved(loop.value_optimizer, z, grad_z, optimizers["z"])
     # The value function lies below f(x, y): where y is the better lower minimizer, z goes on from there.
     is_deeper = average < 0.0
     z = _tree.where(is_deeper, y, z)
-    average = torch.where(is_deeper, torch.zeros_like(average), average)
     y, optimizers["y"] = _moved(loop.lower_optimizer, y, grad_y, optimizers["y"])
     x, optimizers["x"] = _moved(loop.upper_optimizer, x, hypergradient, optimizers["x"])
-    x = projected_by(problem.domain, x)
     return State(
-        x=x,
+        x=projected_by(problem.domain, x),
         y=y,
         step=k + 1,
         metrics={
             "upper": upper,
             "lower": value_y,
-            "value_gap": _mean_difference(value_y, value_z, losses_y, losses_z),
+            "value_gap": gap,
             "slack": slack,
-            "multiplier": weight,
+            "multiplier": weight.value,
             "hypergradient": norm,
-            "sigma": sigma,
-            "mu": mu,
-            "epsilon": epsilon,
+            "sigma": numbers.sigma,
+            "mu": numbers.mu,
+            "epsilon": numbers.epsilon,
         },
-        memory={**state.memory, "z": z, "gap": average, "optimizers": optimizers},
-        evaluations=state.evaluations + oracle.evaluations,
+        memory={
+            **state.memory,
+            "z": z,
+            "gap": average.clamp(min=0.0),  # zero where z has become y
+            "optimizers": optimizers,
+        },
+        evaluations=evaluations,
     )
 
 
-def _mean_difference(
+def _gap(
     value_y: Tensor, value_z: Tensor, losses_y: Tensor | None, losses_z: Tensor | None
 ) -> Tensor:
     """f(x, y) - f(x, z) in float64: sample by sample where there are samples."""
@@ -175,9 +182,18 @@ def _mean_difference(
     return (losses_y.double() - losses_z.double()).mean()
 
 
-def _multiplier(
-    loop: SingleLoop, barrier: Barrier, gap: Tensor, slack: Tensor, sigma: float
-) -> tuple[Tensor, Tensor]:
+def _averaged(before: Tensor | None, gap: Tensor) -> Tensor:
+    return gap if before is None else _AVERAGING * before + (1.0 - _AVERAGING) * gap
+
+
+class _Weight(NamedTuple):
+    """The multiplier lambda = P'(zeta), and P''(zeta), 0-d."""
+
+    value: Tensor
+    curvature: Tensor
+
+
+def _multiplier(loop: SingleLoop, numbers: _Numbers, gap: Tensor, slack: Tensor) -> _Weight:
     """Lambda and P'' at the known slack, or at the averaged gap by the relaxed barrier.
 
     A negative gap says that z is not the lower minimizer yet. It counts as further slack: otherwise x would
@@ -185,10 +201,25 @@ def _multiplier(
     """
     gap = gap.to(slack.dtype)
     if loop.multiplier == "slack":
-        weight = barrier.derivative(gap.clamp(max=0.0) - slack, sigma)
-        return weight, torch.zeros_like(weight)
-    smooth = relaxed(barrier, _RELAXATION * slack)
-    return smooth.derivative(gap - slack, sigma), smooth.second_derivative(gap - slack, sigma)
+        value = numbers.barrier.derivative(gap.clamp(max=0.0) - slack, numbers.sigma)
+        curvature = torch.zeros_like(value)
+    else:
+        smooth = relaxed(numbers.barrier, _RELAXATION * slack)
+        value = smooth.derivative(gap - slack, numbers.sigma)
+        curvature = smooth.second_derivative(gap - slack, numbers.sigma)
+    return _Weight(value.clamp(max=numbers.max_multiplier), curvature)
+
+
+def _pull(numbers: _Numbers, weight: _Weight, y: Tree, upper_y: Tree, lower_y: Tree) -> Tree:
+    r"""The gradient in y of Eq. 15, over its curvature in units of the learning rate.
+
+    alpha_y = 1 / (L_F + lambda L_f + P'' |grad f|^2), with L_F = 1 / lr_y and L_f = 1 / lr_z.
+    """
+    theta = weight.value * numbers.mu if numbers.theta is None else numbers.theta
+    grad = _tree.axpy(theta, y, _tree.axpy(weight.value, lower_y, upper_y))
+    stiffness = 1.0 + weight.value * (numbers.rate_y / numbers.rate_z)
+    stiffness = stiffness + numbers.rate_y * weight.curvature * _tree.vdot(lower_y, lower_y)
+    return _tree.scale(1.0 / stiffness, grad)
 
 
 def _moved(
