@@ -89,9 +89,10 @@ class Newton(Minimizer):
             fresh = dense and (stale or not fun.has_hessian)
             forcing = min(0.1, math.sqrt(residual / first))
             if dense:
-                direction, is_convex = _dense_direction(
-                    fun.hessian(point, refresh=fresh), point.grad
-                )
+                hessian = fun.hessian(point, refresh=fresh)
+                if not _tree.is_finite(hessian):
+                    return Minimum(point, residual, Status.NONFINITE, step)
+                direction, is_convex = _dense_direction(hessian, point.grad)
             else:
                 hvp = fun.hvp(point)
                 direction = _cg_direction(hvp, point.grad, forcing * residual, self.cg_steps)
@@ -145,7 +146,10 @@ def _beside_saddle(fun: SmoothFunction, point: Point, is_convex: bool) -> Point 
     """A lower point along the most negative curvature of a stationary point, or None at a minimum."""
     if is_convex:
         return None
-    values, vectors = linalg.eigh(fun.hessian(point, refresh=True))
+    hessian = fun.hessian(point, refresh=True)
+    if not _tree.is_finite(hessian):
+        return None
+    values, vectors = linalg.eigh(hessian)
     if float(values[0]) >= -math.sqrt(torch.finfo(values.dtype).eps) * float(values.abs().max()):
         return None
     t = math.sqrt(point.y.numel())
