@@ -95,7 +95,11 @@ def _leaves_of_bound(bound: Tree, name: str) -> list[Tensor]:
                 f"`Box({name}=...)` must be a number, a tensor, or a tree of them. "
                 f"Got {type(part).__name__}. Pass e.g. 0.0, or a tensor like x."
             )
-    return [torch.as_tensor(part) for part in parts]
+    # numbers in float64, so that none is rounded before the dtype of x is known
+    return [
+        part if isinstance(part, Tensor) else torch.tensor(part, dtype=torch.float64)
+        for part in parts
+    ]
 
 
 def _spread(bound: Tree, x: Tree, name: str) -> Tree:

@@ -176,10 +176,11 @@ def step(loop: SingleLoop, problem: BilevelProblem, state: State, data: Any) -> 
 def _gap(
     value_y: Tensor, value_z: Tensor, losses_y: Tensor | None, losses_z: Tensor | None
 ) -> Tensor:
-    """f(x, y) - f(x, z) in float64: sample by sample where there are samples."""
+    """f(x, y) - f(x, z) in float64 (which mps lacks): sample by sample where there are samples."""
+    wide = torch.float32 if value_y.device.type == "mps" else torch.float64
     if losses_y is None or losses_z is None:
-        return value_y.double() - value_z.double()
-    return (losses_y.double() - losses_z.double()).mean()
+        return value_y.to(wide) - value_z.to(wide)
+    return (losses_y.to(wide) - losses_z.to(wide)).mean()
 
 
 def _averaged(before: Tensor | None, gap: Tensor) -> Tensor:
