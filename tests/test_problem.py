@@ -94,6 +94,12 @@ def test_box_with_other_names_than_x_is_not_matched_by_order(bound: Any) -> None
         Box(low=bound)(x)
 
 
+def test_box_does_not_round_a_number_to_float32() -> None:
+    x = torch.ones(2, dtype=torch.float64)
+    assert Box(-1.0, 0.1)(x).tolist() == [0.1, 0.1]
+    assert Box(-1.0, {"a": 0.1, "b": 0.3})({"a": x, "b": x})["b"].tolist() == [0.3, 0.3]
+
+
 def test_boxes_with_tensors_can_be_compared() -> None:
     box = Box(torch.zeros(2), torch.ones(2))
     assert box == box
