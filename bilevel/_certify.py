@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bilevel import _tree
+from bilevel._errors import NonFiniteError
 from bilevel._oracle import Oracle
 from bilevel._problem import BilevelProblem, ravel, split_data
 from bilevel._solution import Certificate, Status
@@ -21,6 +22,7 @@ from bilevel.optim import Newton
 _STARTS = 8  # solves of the lower problem, the first from y itself
 _DENSE = 256  # largest y whose Hessian is formed
 linalg: Any = torch.linalg  # its stubs are untyped
+_RESOLUTION = 1e-8  # of f at the starts: minima nearer to each other than this count as one
 _SINGULAR = 1e-10  # smallest eigenvalue, over the largest, of an invertible Hessian
 
 
@@ -39,6 +41,10 @@ def certify(problem: BilevelProblem, x: Tree, y: Tree, data: Any = None) -> Cert
 
     Returns:
         The certificate.
+
+    Raises:
+        StructureError: `x` or `y` is no tree of floating tensors.
+        NonFiniteError: The lower objective has no finite second derivatives at the point.
 
     Example:
         >>> import torch, bilevel as bl
@@ -59,11 +65,17 @@ def certify(problem: BilevelProblem, x: Tree, y: Tree, data: Any = None) -> Cert
     flat, (u, v), _, _ = ravel(problem, _tree.detach(x), _tree.detach(y))
     oracle = Oracle(flat, data)
     value, _, grad = oracle.lower_grad(u, v)
-    best = _deepest(oracle, u, v)
+    nearest, lowest, resolution = _minima(oracle, u, v)
     assumptions = [f"the lower minimum is the lowest of {_STARTS} local solves"]
     curvature, invertible = None, True
     if v.numel() <= _DENSE:
-        eigenvalues: Tensor = linalg.eigvalsh(oracle.linearized(u, v).hessian())
+        hessian = oracle.linearized(u, v).hessian()
+        if not _tree.is_finite(hessian):
+            raise NonFiniteError(
+                "`certify` must be given a point where f has finite second derivatives. Got NaN or infinity. "
+                "Check the lower objective there."
+            )
+        eigenvalues: Tensor = linalg.eigvalsh(hessian)
         curvature = float(eigenvalues[0])
         invertible = curvature > _SINGULAR * float(eigenvalues[-1])
     else:
@@ -87,7 +99,8 @@ def certify(problem: BilevelProblem, x: Tree, y: Tree, data: Any = None) -> Cert
     outside = 0.0 if flat.domain is None else _tree.length(u - flat.domain(u))
     parts = split_data(data)
     return Certificate(
-        value_gap=max(0.0, float(value) - best),
+        value_gap=max(0.0, float(value) - lowest),
+        deeper_basin=nearest - lowest if nearest - lowest > resolution else 0.0,
         lower_gradient=_tree.length(grad),
         hypergradient=hypergradient,
         upper_violation=_violation(problem.upper_constraint, x, y, parts.upper),
@@ -99,11 +112,14 @@ def certify(problem: BilevelProblem, x: Tree, y: Tree, data: Any = None) -> Cert
     )
 
 
-def _deepest(oracle: Oracle, x: Tensor, y: Tensor) -> float:
-    """The lowest of the local minima of f(x, .) found from y and around it; -inf where f is unbounded."""
+def _minima(oracle: Oracle, x: Tensor, y: Tensor) -> tuple[float, float, float]:
+    """The local minimum of f(x, .) found from y, the lowest found from around it, and their resolution.
+
+    The lowest is -inf where f is unbounded below.
+    """
     generator = torch.Generator().manual_seed(0)  # the same starts at every call
     size = max(1.0, _tree.length(y) / math.sqrt(y.numel()))
-    lowest = math.inf
+    starts, minima = [0.0], [math.inf]
     for number in range(_STARTS):
         # radii 1/4, 1/2, ..., 16 in units of y: near basins as well as far ones
         noise = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
@@ -114,10 +130,12 @@ def _deepest(oracle: Oracle, x: Tensor, y: Tensor) -> float:
             continue
         found = Newton().minimize(lower, point, 1e-10 * _tree.length(point.grad))
         if found.status is Status.LOWER_UNBOUNDED:
-            return -math.inf
+            return -math.inf, -math.inf, 0.0
         if math.isfinite(found.point.value):
-            lowest = min(lowest, found.point.value)
-    return lowest
+            starts.append(abs(point.value))
+            minima.append(found.point.value)
+    nearest = minima[1] if len(minima) > 1 else math.inf
+    return nearest, min(minima), _RESOLUTION * max(starts)
 
 
 def _violation(constraint: Objective | None, x: Tree, y: Tree, data: Any) -> float:

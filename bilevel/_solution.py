@@ -117,6 +117,8 @@ class Certificate:
 
     Attributes:
         value_gap: `f(x, y) - min f(x, .)`, zero where y solves the lower problem.
+        deeper_basin: How much lower than the local minimum around y another local minimum of f was
+            found, 0 where none was: y solves the lower problem locally at best where this is positive.
         lower_gradient: Norm of the gradient of f in y.
         hypergradient: Norm of the projected implicit hypergradient, or None where the lower
             Hessian is singular, so that there is no such gradient.
@@ -129,6 +131,7 @@ class Certificate:
     """
 
     value_gap: float
+    deeper_basin: float
     lower_gradient: float
     hypergradient: float | None
     upper_violation: float

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import itertools
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 from bilevel._certify import certify
-from bilevel._errors import StructureError
+from bilevel._errors import BilevelWarning, StructureError
 from bilevel._oracle import Oracle
 from bilevel._problem import BilevelProblem
 from bilevel._solution import Solution, State, Status
 from bilevel._types import Tree
 from bilevel.estimators import check_problem
 from bilevel.solvers import Solver
+
+_WITHOUT_ANSWER = (Status.NONFINITE, Status.LOWER_UNBOUNDED, Status.INFEASIBLE)
 
 
 def iterate(
@@ -123,6 +126,9 @@ def solve(
     Returns:
         The solution, with a certificate where no batches were given.
 
+    Warns:
+        BilevelWarning: The certificate found a deeper basin of the lower problem than that of y.
+
     Raises:
         ValueError: `max_steps` is below 1.
         BilevelError: The run failed and `throw` is true; the message says how, and at which step.
@@ -167,7 +173,16 @@ def solve(
     oracle = Oracle(problem, data[0])
     upper, lower = float(oracle.upper(state.x, state.y)), float(oracle.lower(state.x, state.y))
     seconds = time.perf_counter() - started
-    certain = batches is None and not state.status.is_failure
+    certificate = None
+    if batches is None and state.status not in _WITHOUT_ANSWER:
+        certificate = certify(problem, state.x, state.y)
+        if certificate.deeper_basin > 0.0:
+            message = (
+                f"y solves the lower problem locally at best: from another start f falls lower by "
+                f"{certificate.deeper_basin:.3g}. Start at another y0, or convexify f."
+            )
+            warnings.warn(message, BilevelWarning, stacklevel=2)
+            state = replace(state, message=f"{state.message}; {message}")
     return Solution(
         x=state.x,
         y=state.y,
@@ -177,7 +192,7 @@ def solve(
         steps=state.step,
         evaluations=state.evaluations + oracle.evaluations,
         seconds=seconds,
-        certificate=certify(problem, state.x, state.y) if certain else None,
+        certificate=certificate,
         state=state,
         message=state.message,
     )
