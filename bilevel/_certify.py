@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -15,14 +14,12 @@ from bilevel._problem import BilevelProblem, ravel, split_data
 from bilevel._solution import Certificate, Status
 from bilevel._types import Objective, Tree
 from bilevel.estimators import Implicit
-from bilevel.estimators._gap import RegularizedLower
+from bilevel.estimators._basins import STARTS, explore
 from bilevel.linear import CG, Dense
 from bilevel.optim import Newton
 
-_STARTS = 8  # solves of the lower problem, the first from y itself
 _DENSE = 256  # largest y whose Hessian is formed
 linalg: Any = torch.linalg  # its stubs are untyped
-_RESOLUTION = 1e-8  # of f at the starts: minima nearer to each other than this count as one
 _SINGULAR = 1e-10  # smallest eigenvalue, over the largest, of an invertible Hessian
 
 
@@ -65,8 +62,8 @@ def certify(problem: BilevelProblem, x: Tree, y: Tree, data: Any = None) -> Cert
     flat, (u, v), _, _ = ravel(problem, _tree.detach(x), _tree.detach(y))
     oracle = Oracle(flat, data)
     value, _, grad = oracle.lower_grad(u, v)
-    nearest, lowest, resolution = _minima(oracle, u, v)
-    assumptions = [f"the lower minimum is the lowest of {_STARTS} local solves"]
+    basins = explore(oracle, u, v, Newton(), seed=0)
+    assumptions = [f"the lower minimum is the lowest of {STARTS} local solves"]
     curvature, invertible = None, True
     if v.numel() <= _DENSE:
         hessian = oracle.linearized(u, v).hessian()
@@ -99,8 +96,8 @@ def certify(problem: BilevelProblem, x: Tree, y: Tree, data: Any = None) -> Cert
     outside = 0.0 if flat.domain is None else _tree.length(u - flat.domain(u))
     parts = split_data(data)
     return Certificate(
-        value_gap=max(0.0, float(value) - lowest),
-        deeper_basin=nearest - lowest if nearest - lowest > resolution else 0.0,
+        value_gap=max(0.0, float(value) - min(basins.nearest, basins.lowest)),
+        deeper_basin=max(0.0, basins.nearest - basins.lowest),
         lower_gradient=_tree.length(grad),
         hypergradient=hypergradient,
         upper_violation=_violation(problem.upper_constraint, x, y, parts.upper),
@@ -110,32 +107,6 @@ def certify(problem: BilevelProblem, x: Tree, y: Tree, data: Any = None) -> Cert
         assumptions=tuple(assumptions),
         evaluations=spent,
     )
-
-
-def _minima(oracle: Oracle, x: Tensor, y: Tensor) -> tuple[float, float, float]:
-    """The local minimum of f(x, .) found from y, the lowest found from around it, and their resolution.
-
-    The lowest is -inf where f is unbounded below.
-    """
-    generator = torch.Generator().manual_seed(0)  # the same starts at every call
-    size = max(1.0, _tree.length(y) / math.sqrt(y.numel()))
-    starts, minima = [0.0], [math.inf]
-    for number in range(_STARTS):
-        # radii 1/4, 1/2, ..., 16 in units of y: near basins as well as far ones
-        noise = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
-        start = y if number == 0 else y + 2.0 ** (number - 3) * size * noise
-        lower = RegularizedLower(oracle, x, 0.0)
-        point = lower.evaluate(start)
-        if not math.isfinite(point.value):
-            continue
-        found = Newton().minimize(lower, point, 1e-10 * _tree.length(point.grad))
-        if found.status is Status.LOWER_UNBOUNDED:
-            return -math.inf, -math.inf, 0.0
-        if math.isfinite(found.point.value):
-            starts.append(abs(point.value))
-            minima.append(found.point.value)
-    nearest = minima[1] if len(minima) > 1 else math.inf
-    return nearest, min(minima), _RESOLUTION * max(starts)
 
 
 def _violation(constraint: Objective | None, x: Tree, y: Tree, data: Any) -> float:

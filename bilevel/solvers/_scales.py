@@ -17,6 +17,7 @@ from bilevel._oracle import Oracle
 from bilevel._problem import BilevelProblem, Box
 from bilevel._solution import Evaluations, Status
 from bilevel._types import Projection
+from bilevel.estimators._basins import explore
 from bilevel.estimators._gap import RegularizedLower
 from bilevel.optim._base import Minimizer, Point
 from bilevel.optim.quasi_newton import QuasiNewton
@@ -47,7 +48,8 @@ def measure(
     With an infinite slack the barrier vanishes and ASBLO minimizes F over both variables; with none, y
     minimizes f. The range of F and of f between these two ends is their scale. The joint minimizer of F
     is where the path starts: from there F, not the user's y0, chooses the basin of the lower problem.
-    A pessimistic problem has no such end, and starts where the user says.
+    A pessimistic problem has no such end, and starts where the user says. z starts in the deepest basin
+    of f that is found from there.
     """
     oracle = Oracle(problem)
     first = RegularizedLower(oracle, x, 0.0).evaluate(y)
@@ -61,10 +63,10 @@ def measure(
         return _failed(x, z, Status.NONFINITE, oracle)
     joint = None if pessimistic else _minimize_jointly(oracle, problem.domain, x, z)
     start_x, start_y = joint or (x, y)
-    deepest = _minimize_lower(oracle, start_x, start_y, minimizer)
-    if isinstance(deepest, Status):
-        return _failed(x, y, deepest, oracle)
-    ends = (y, z, start_y, deepest)
+    basins = explore(oracle, start_x, start_y, minimizer, seed=1)
+    if basins.status is not Status.CONVERGED:
+        return _failed(x, y, basins.status, oracle)
+    ends = (y, z, start_y, basins.nearest_y, basins.lowest_y)
     square = max(float(v @ v) for v in ends) or float(y.numel())
     reach = math.sqrt(square)
     lower = _spread([float(oracle.lower(start_x, v)) for v in ends])
@@ -78,7 +80,7 @@ def measure(
         square,
         start_x,
         start_y,
-        deepest,
+        basins.lowest_y,
         Status.RUNNING,
         oracle.evaluations,
     )
