@@ -143,10 +143,10 @@ def step(loop: SingleLoop, problem: BilevelProblem, state: State, data: Any) -> 
         message = f"{Status.NONFINITE.value} (at step {k + 1}; F = {float(upper):.6g}, f = {float(value_y):.6g})"
         return replace(state, status=Status.NONFINITE, message=message, evaluations=evaluations)
     z, optimizers["z"] = _moved(loop.value_optimizer, z, grad_z, optimizers["z"])
-    # The value function lies below f(x, y): where y is the better lower minimizer, z goes on from there.
-    is_deeper = average < 0.0
-    z = _tree.where(is_deeper, y, z)
     y, optimizers["y"] = _moved(loop.lower_optimizer, y, grad_y, optimizers["y"])
+    # The value function lies below f(x, y): where y is the better lower minimizer, z goes on from there,
+    # from the moved y: one step behind it, z would lose again, and x climb on the lag.
+    z = _tree.where(average < 0.0, y, z)
     x, optimizers["x"] = _moved(loop.upper_optimizer, x, hypergradient, optimizers["x"])
     return State(
         x=projected_by(problem.domain, x),
