@@ -48,13 +48,7 @@ def scaled(problem: bl.BilevelProblem, a: float, b: float, c: float = 0.0, d: fl
     )
 
 
-BRANCHES = pytest.mark.xfail(
-    reason="its first stage ends on a comparison of roundings", strict=True
-)
-INVARIANT = [
-    pytest.param(case, id=case.name, marks=[BRANCHES] if "BDA from x = 3" in case.name else [])
-    for case in SMALL_ZOO
-]
+INVARIANT = [pytest.param(case, id=case.name) for case in SMALL_ZOO]
 
 
 @pytest.mark.parametrize("case", INVARIANT)

@@ -134,6 +134,7 @@ def test_batch_norm_in_evaluation_mode_does_not_warn() -> None:
 
 
 def test_constraints_domain_and_per_sample_are_passed_on() -> None:
+    box = Box(-1.0, 1.0)
     problem, x0, y0 = from_module(
         network(),
         ["2.*"],
@@ -141,7 +142,7 @@ def test_constraints_domain_and_per_sample_are_passed_on() -> None:
         lambda module, data: ((module(data[0]) - data[1]) ** 2).mean(dim=1),
         upper_constraint=lambda module, data: module[0].bias - 5.0,
         lower_constraint=lambda module, data: module[2].bias - 7.0,
-        domain=Box(-1.0, 1.0),
+        domain=box,
         per_sample=True,
     )
     assert problem.per_sample
@@ -150,7 +151,7 @@ def test_constraints_domain_and_per_sample_are_passed_on() -> None:
     assert problem.upper_constraint(x0, y0, None).shape == (3,)
     assert problem.lower_constraint is not None
     assert problem.lower_constraint(x0, y0, None).shape == (1,)
-    assert problem.domain == Box(-1.0, 1.0)
+    assert problem.domain is box
 
 
 def test_update_module_writes_both_levels() -> None:

@@ -25,6 +25,7 @@ class Torch(Minimizer):
     Attributes:
         optimizer: The class, or any callable `(params, lr=..., **options) -> torch.optim.Optimizer`.
         lr: Learning rate: a number > 0, or a schedule of the step.
+        max_norm: Gradients longer than this are shortened to it, > 0; None leaves them as they are.
         max_steps: Steps where it minimizes a lower problem for an estimator, > 0.
         options: The remaining keyword arguments, e.g. `betas`.
 
@@ -42,6 +43,7 @@ class Torch(Minimizer):
 
     optimizer: Callable[..., torch.optim.Optimizer]
     lr: float | Schedule
+    max_norm: float | None
     max_steps: int
     options: Mapping[str, Any]
 
@@ -50,6 +52,7 @@ class Torch(Minimizer):
         optimizer: Callable[..., torch.optim.Optimizer],
         *,
         lr: float | Schedule,
+        max_norm: float | None = None,
         max_steps: int = 100,
         **options: Any,
     ) -> None:
@@ -67,6 +70,11 @@ class Torch(Minimizer):
             raise ValueError(
                 f"`Torch(lr=...)` must be a finite number > 0 or a schedule. Got lr={lr}. Use e.g. 1e-3."
             )
+        if max_norm is not None and not (max_norm > 0.0 and math.isfinite(max_norm)):
+            raise ValueError(
+                f"`Torch(max_norm=...)` must be a finite number > 0 or None. Got max_norm={max_norm}. "
+                "Use a few times the usual norm of the gradient, or leave it out."
+            )
         if max_steps < 1:
             raise ValueError(
                 f"`Torch(max_steps=...)` must be at least 1. Got max_steps={max_steps}. Raise it."
@@ -74,6 +82,7 @@ class Torch(Minimizer):
         for name, value in (
             ("optimizer", optimizer),
             ("lr", lr),
+            ("max_norm", max_norm),
             ("max_steps", max_steps),
             ("options", options),
         ):
@@ -92,6 +101,9 @@ class Torch(Minimizer):
     ) -> tuple[list[Tensor], dict[str, Any]]:
         """New variables and memory after one step along `grads`; the arguments stay as they are."""
         new = [leaf.detach().clone() for leaf in variables]
+        if self.max_norm is not None:
+            shortened = (self.max_norm / _tree.norm(list(grads))).clamp(max=1.0)
+            grads = [grad * shortened for grad in grads]
         optimizer = self.optimizer(new, lr=self.rate(memory["count"]), **self.options)
         for leaf, grad, slot in zip(new, grads, memory["slots"], strict=True):
             leaf.grad = grad

@@ -69,10 +69,11 @@ def measure(
     ends = (y, z, start_y, basins.nearest_y, basins.lowest_y)
     square = max(float(v @ v) for v in ends) or float(y.numel())
     reach = math.sqrt(square)
-    lower = _spread([float(oracle.lower(start_x, v)) for v in ends])
-    upper = _spread(
-        [float(oracle.upper(start_x, v)) for v in ends] + [float(value) for value, _, _ in values]
-    )
+    heights = [float(oracle.lower(start_x, v)) for v in ends]
+    costs = [float(oracle.upper(start_x, v)) for v in ends] + [float(at[0]) for at in values]
+    if not all(any(map(math.isfinite, seen)) for seen in (heights, costs)):
+        return _failed(x, y, Status.NONFINITE, oracle)
+    lower, upper = _spread(heights), _spread(costs)
     slope = max(_tree.length(part) for _, *parts in values for part in parts)
     return Scales(
         lower or _tree.length(first.grad) * reach or 1.0,

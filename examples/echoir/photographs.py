@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 INPUTS = ("input", "rain", "rainy", "blur", "lq", "noisy")
@@ -80,7 +80,7 @@ def load_image(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
             image.load()  # `open` alone accepts a truncated file
-            return np.array(image.convert("RGB"))
+            return np.array(ImageOps.exif_transpose(image).convert("RGB"))  # upright
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"An input image must be readable as a whole. Got {path}: {error}. "

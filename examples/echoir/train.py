@@ -40,6 +40,8 @@ import bilevel as bl
 METHODS = ("asblo", "single-level")
 DIVERGED = 1
 STOPPED = 75  # EX_TEMPFAIL: not an error, try again (with --resume)
+MAX_NORM = 0.2  # twice the usual norm of the gradient: one bad batch must not spoil Adam's moments
+MAX_MULTIPLIER = 5.0  # lambda pulls f(x, y) and f(x, z) apart as it grows, faster than z can follow
 CROP = 256  # pixels of a held-out photograph that the progress line's PSNR is measured on
 
 
@@ -187,13 +189,14 @@ def methods(
 
     def adamw(total: int) -> bl.optim.Torch:
         lr = warm_cosine(a.lr, total)
-        return bl.optim.Torch(torch.optim.AdamW, lr=lr, weight_decay=1e-4)
+        return bl.optim.Torch(torch.optim.AdamW, lr=lr, max_norm=MAX_NORM, weight_decay=1e-4)
 
     def asblo(total: int) -> bl.Solver:
         return bl.ASBLO(
             value_optimizer=adamw(total),
             lower_optimizer=adamw(total),
             upper_optimizer=adamw(total),
+            max_multiplier=MAX_MULTIPLIER,
         )
 
     def single_level(total: int) -> bl.Solver:
