@@ -1,0 +1,99 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import bilevel as bl
+
+X, Y = torch.tensor([0.5], dtype=torch.float64), torch.tensor([1.0], dtype=torch.float64)
+
+
+def problem(lower: object = None, **options: object) -> bl.BilevelProblem:
+    return bl.BilevelProblem(
+        lambda x, y, data: ((y - 1.0) ** 2).sum() + 0.0 * x.sum(),
+        lower or (lambda x, y, data: ((y - 2.0 * x) ** 2).sum()),  # pyright: ignore[reportArgumentType]
+        **options,  # pyright: ignore[reportArgumentType]
+    )
+
+
+def test_right_answer_is_certified() -> None:
+    good = bl.certify(problem(), X, Y)
+    assert good.value_gap == pytest.approx(0.0, abs=1e-15)
+    assert good.hypergradient == pytest.approx(0.0, abs=1e-12)
+    assert good.lower_gradient == pytest.approx(0.0, abs=1e-12)
+    assert good.lower_curvature == pytest.approx(2.0)
+    assert good.deeper_basin == 0.0
+
+
+def test_wrong_y_shows_as_a_value_gap() -> None:
+    bad = bl.certify(problem(), X, Y + 3.0)
+    assert bad.value_gap == pytest.approx(9.0)
+    assert bad.lower_gradient == pytest.approx(6.0)
+
+
+def test_wrong_x_shows_as_a_hypergradient() -> None:
+    bad = bl.certify(problem(), X + 1.0, Y + 2.0)  # F(x) = (2x - 1)^2 at x = 1.5
+    assert bad.value_gap == pytest.approx(0.0, abs=1e-12)
+    assert bad.hypergradient == pytest.approx(8.0)
+
+
+def test_wrong_basin_is_found() -> None:
+    def tilted(x: Tensor, y: Tensor, data: object) -> Tensor:
+        return ((y**2 - 1.0) ** 2 + 0.5 * y).sum() + 0.0 * x.sum()
+
+    shallow = bl.certify(problem(tilted), X, torch.tensor([0.9304], dtype=torch.float64))
+    assert shallow.deeper_basin == pytest.approx(0.998, abs=1e-3)
+    assert shallow.value_gap == pytest.approx(0.998, abs=1e-3)
+    deep = bl.certify(problem(tilted), X, torch.tensor([-1.0575], dtype=torch.float64))
+    assert deep.deeper_basin == 0.0
+
+
+def test_solve_warns_of_a_deeper_basin() -> None:
+    def tilted(x: Tensor, y: Tensor, data: object) -> Tensor:
+        return ((y**2 - 1.0) ** 2 + 0.5 * y).sum() + 0.0 * x.sum()
+
+    descent = bl.HypergradientDescent(bl.Implicit())
+    with pytest.warns(bl.BilevelWarning, match="locally at best"):
+        bl.solve(problem(tilted, domain=bl.Box(0.0, 1.0)), descent, X, Y, max_steps=5, throw=False)
+
+
+def test_bound_holds_the_hypergradient() -> None:
+    held = bl.certify(problem(domain=bl.Box(1.5, 2.0)), X + 1.0, Y + 2.0)
+    assert held.hypergradient == 0.0
+    assert held.domain_violation == 0.0
+    assert bl.certify(problem(domain=bl.Box(1.5, 2.0)), X, Y).domain_violation == 1.0
+
+
+def test_violations_are_measured() -> None:
+    constrained = problem(
+        upper_constraint=lambda x, y, data: x - 0.1,
+        lower_constraint=lambda x, y, data: torch.cat([y - 0.25, -y]),
+    )
+    found = bl.certify(constrained, X, Y)
+    assert found.upper_violation == pytest.approx(0.4)
+    assert found.lower_violation == pytest.approx(0.75)
+
+
+def test_singular_lower_hessian_leaves_no_hypergradient() -> None:
+    flat = problem(lambda x, y, data: (y.sum() - 2.0 * x.sum()) ** 2)
+    found = bl.certify(flat, X, torch.tensor([0.5, 0.5], dtype=torch.float64))
+    assert found.hypergradient is None
+    assert any("singular" in sentence for sentence in found.assumptions)
+
+
+def test_unbounded_lower_problem_has_an_infinite_gap() -> None:
+    concave = problem(lambda x, y, data: -((y - x) ** 2).sum())
+    assert bl.certify(concave, X, Y).value_gap == math.inf
+
+
+def test_point_where_f_is_nan_is_an_error() -> None:
+    root = problem(lambda x, y, data: (y - x).sqrt().sum())
+    with pytest.raises(bl.NonFiniteError, match="`certify` must be given a point where f has"):
+        bl.certify(root, X, Y - 3.0)
+
+
+def test_certificate_prints_its_numbers_and_assumptions() -> None:
+    text = str(bl.certify(problem(), X, Y))
+    assert "value gap" in text
+    assert "assumed: the lower minimum" in text

@@ -1,0 +1,67 @@
+import pytest
+import torch
+
+import bilevel as bl
+
+X = torch.tensor([0.3, -0.2], dtype=torch.float64)
+Y = torch.zeros(2, dtype=torch.float64)
+PROBLEM = bl.BilevelProblem(
+    lambda x, y, data: ((y - 1.0) ** 2).sum(), lambda x, y, data: ((y - x.exp()) ** 2).sum()
+)
+
+
+def test_right_hypergradient_is_trusted_to_the_noise_floor() -> None:
+    report = bl.check_hypergradient(PROBLEM, X, Y, bl.Implicit())
+    expected = 2.0 * (X.exp() - 1.0) * X.exp()
+    torch.testing.assert_close(
+        torch.tensor(report.measured).double(), expected, rtol=1e-7, atol=0.0
+    )
+    assert report.is_trusted
+    assert report.error < 1e-7
+    assert report.noise < 1e-7
+    assert report.verdict.startswith("trusted")
+
+
+def test_hypergradient_of_an_unsolved_lower_problem_is_not_trusted() -> None:
+    report = bl.check_hypergradient(PROBLEM, X, Y, bl.Unrolled(max_steps=2, lr=0.1))
+    assert not report.is_trusted
+    assert report.error > 0.1
+    assert report.verdict.startswith("not to be trusted")
+
+
+def test_bias_of_a_value_function_is_measured() -> None:
+    rough = bl.check_hypergradient(PROBLEM, X, Y, bl.ValueFunction(epsilon=1e-1, sigma=1.0))
+    fine = bl.check_hypergradient(PROBLEM, X, Y, bl.ValueFunction(epsilon=1e-6, sigma=1e-2))
+    assert rough.error > 1e-2
+    assert fine.error < 1e-3
+    assert fine.is_trusted
+    assert not rough.is_trusted
+
+
+def test_kink_leaves_no_verdict() -> None:
+    kink = bl.BilevelProblem(
+        lambda x, y, data: (y.abs().sqrt()).sum(), lambda x, y, data: ((y - x) ** 2).sum()
+    )
+    report = bl.check_hypergradient(kink, torch.full((1,), 1e-9).double(), Y[:1], bl.Implicit())
+    assert not report.is_trusted
+
+
+def test_unbounded_lower_problem_leaves_nothing_to_compare() -> None:
+    concave = bl.BilevelProblem(
+        lambda x, y, data: (y**2).sum(), lambda x, y, data: -((y - x) ** 2).sum()
+    )
+    report = bl.check_hypergradient(concave, X, Y, bl.Implicit())
+    assert not report.is_trusted
+    assert "no finite solution" in report.verdict
+
+
+def test_many_variables_are_tested_along_random_directions() -> None:
+    x = torch.linspace(-1.0, 1.0, 30, dtype=torch.float64)
+    report = bl.check_hypergradient(PROBLEM, x, torch.zeros_like(x), bl.Implicit())
+    assert len(report.measured) == 10
+    assert report.is_trusted
+
+
+@pytest.mark.parametrize("part", ["verdict", "relative error", "noise floor"])
+def test_report_prints(part: str) -> None:
+    assert part in str(bl.check_hypergradient(PROBLEM, X, Y, bl.Implicit()))

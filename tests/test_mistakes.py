@@ -1,0 +1,244 @@
+"""Each user mistake is met with the rule, what was got, and what to change."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import bilevel as bl
+
+X, Y = torch.zeros(2, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+
+
+def upper(x: Any, y: Any, data: Any) -> torch.Tensor:
+    return ((y - 1.0) ** 2).sum() + (x**2).sum()
+
+
+def lower(x: Any, y: Any, data: Any) -> torch.Tensor:
+    return ((y - x.sum()) ** 2).sum()
+
+
+GOOD = bl.BilevelProblem(upper, lower)
+
+
+def solve(
+    upper: Any = upper, lower: Any = lower, x0: Any = X, y0: Any = Y, **options: Any
+) -> Callable[[], object]:
+    """A call that solves a problem of which one part is wrong."""
+
+    def call() -> object:
+        problem = bl.BilevelProblem(upper, lower, **options)
+        return bl.solve(problem, bl.ASBLO(), x0, y0, max_steps=2)
+
+    return call
+
+
+def cut(lower: Any, **options: Any) -> Callable[[], object]:
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    return lambda: bl.from_module(
+        net, lower, lambda net, data: net(data), lambda net, data: data, **options
+    )
+
+
+MISTAKES: dict[str, tuple[Callable[[], object], type[Exception], list[str]]] = {
+    "upper is no scalar": (
+        solve(upper=lambda x, y, d: (y - 1.0) ** 2 + x.sum()),
+        bl.ObjectiveError,
+        ["`BilevelProblem(upper=...)` must return a scalar", "shape (3,)", ".sum()"],
+    ),
+    "lower is no scalar": (
+        solve(lower=lambda x, y, d: (y - x.sum()) ** 2),
+        bl.ObjectiveError,
+        ["`BilevelProblem(lower=...)` must return a scalar", "shape (3,)", ".sum()"],
+    ),
+    "objective returns a float": (
+        solve(upper=lambda x, y, d: float(y.detach().sum())),
+        bl.ObjectiveError,
+        ["must return a scalar tensor", "Got float", "torch"],
+    ),
+    "objective is no function": (
+        lambda: bl.BilevelProblem(upper, 3.0),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        ["`BilevelProblem(lower=...)` must be callable", "Got float", "Pass a function"],
+    ),
+    "objective of other shapes": (
+        solve(lower=lambda x, y, d: ((y - x) ** 2).sum()),
+        RuntimeError,
+        ["size of tensor"],
+    ),
+    "x is an integer tensor": (
+        solve(x0=torch.zeros(2, dtype=torch.int64)),
+        bl.StructureError,
+        ["`x0` must be a floating-point tensor", "torch.int64", "Convert"],
+    ),
+    "y is a list of floats": (
+        solve(y0=[0.0, 1.0]),
+        bl.StructureError,
+        ["`y0[0]` must be a tensor", "Got float", "torch.tensor"],
+    ),
+    "x is empty": (
+        solve(x0={}),
+        bl.StructureError,
+        ["`x0` must hold at least one tensor", "empty tree", "Pass a tensor"],
+    ),
+    "x used by no objective": (
+        solve(upper=lambda x, y, d: (y**2).sum(), lower=lambda x, y, d: ((y - 1.0) ** 2).sum()),
+        bl.ObjectiveError,
+        ["must depend on every leaf of x", "`x0`", "leave it out of x0"],
+    ),
+    "a leaf of x used by no objective": (
+        solve(
+            upper=lambda x, y, d: (y**2).sum(),
+            lower=lambda x, y, d: ((y - x["a"].sum()) ** 2).sum(),
+            x0={"a": X, "b": X},
+        ),
+        bl.ObjectiveError,
+        ["every leaf of x", "`x0['b']`", "leave it out"],
+    ),
+    "y not used by lower": (
+        solve(lower=lambda x, y, d: (x**2).sum()),
+        bl.ObjectiveError,
+        ["`BilevelProblem(lower=...)` must depend on every leaf of y", "`y0`", "lower objective"],
+    ),
+    "y not used by upper": (
+        solve(upper=lambda x, y, d: (x**2).sum()),
+        bl.ObjectiveError,
+        ["`BilevelProblem(upper=...)` must depend on y", "no dependence", "one level"],
+    ),
+    "box upside down": (
+        lambda: bl.Box(1.0, 0.0),
+        ValueError,
+        ["low <= high", "low=1.0", "Swap"],
+    ),
+    "box of another shape": (
+        solve(domain=bl.Box(torch.zeros(5), torch.ones(5))),
+        bl.StructureError,
+        ["must broadcast to the shape of x", "(5,)", "Use a number"],
+    ),
+    "kappa out of range": (
+        lambda: bl.ASBLO(kappa=0.0),
+        ValueError,
+        ["`ASBLO(kappa=...)` must be a finite number > 0", "kappa=0.0", "Leave it out"],
+    ),
+    "kappa of the barrier out of range": (
+        lambda: bl.barriers.log_rational(-1.0),
+        ValueError,
+        ["`log_rational(kappa=...)` must be", "kappa=-1.0", "Pass"],
+    ),
+    "schedule is a number": (
+        lambda: bl.ASBLO(sigma=0.1),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        ["`ASBLO(sigma=...)` must be a schedule", "Got 0.1", "schedules.constant"],
+    ),
+    "optimizer is an instance": (
+        lambda: bl.optim.Torch(torch.optim.SGD([X.clone()], lr=0.1), lr=0.1),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        ["must be a class of `torch.optim`", "Got SGD", "Pass the class"],
+    ),
+    "optimizer is not wrapped": (
+        lambda: bl.ASBLO(upper_optimizer=torch.optim.Adam),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        ["`ASBLO(upper_optimizer=...)` must be a `bilevel.optim.Torch`", "Got type", "Wrap"],
+    ),
+    "learning rate is negative": (
+        lambda: bl.optim.Torch(torch.optim.SGD, lr=-0.1),
+        ValueError,
+        ["`Torch(lr=...)` must be a finite number > 0", "lr=-0.1", "Use"],
+    ),
+    "max_norm is zero": (
+        lambda: bl.optim.Torch(torch.optim.SGD, lr=0.1, max_norm=0.0),
+        ValueError,
+        ["`Torch(max_norm=...)` must be a finite number > 0", "max_norm=0.0", "leave it out"],
+    ),
+    "unknown multiplier": (
+        lambda: bl.ASBLO(multiplier="gaps"),  # pyright: ignore[reportArgumentType]
+        ValueError,
+        ['must be "slack" or "gap"', "'gaps'", "Use"],
+    ),
+    "no steps": (
+        lambda: bl.solve(GOOD, bl.ASBLO(), X, Y, max_steps=0),
+        ValueError,
+        ["`solve(max_steps=...)` must be at least 1", "max_steps=0", "Raise it"],
+    ),
+    "no batches": (
+        lambda: bl.solve(GOOD, bl.ASBLO(), X, Y, [], max_steps=1),
+        ValueError,
+        ["must hold at least one batch", "Got none", "leave it out"],
+    ),
+    "a start and a state": (
+        lambda: bl.iterate(GOOD, bl.ASBLO(), X, Y, state=bl.State(X, Y)),
+        bl.StructureError,
+        ["either x0 and y0, or state", "Got both", "Leave out one"],
+    ),
+    "neither a start nor a state": (
+        lambda: bl.iterate(GOOD, bl.ASBLO()),
+        bl.StructureError,
+        ["either x0 and y0, or state", "Got neither"],
+    ),
+    "quasi-Newton on batches": (
+        lambda: bl.solve(GOOD, bl.HypergradientDescent(bl.Implicit()), X, Y, [None], max_steps=1),
+        ValueError,
+        ["must be a `Torch` where batches are given", "Got QuasiNewton", "Use"],
+    ),
+    "a constraint that ASBLO does not take": (
+        solve(lower_constraint=lambda x, y, d: y - 1.0),
+        ValueError,
+        ["no `BilevelProblem(lower_constraint=...)`", "Got one", "Put"],
+    ),
+    "per_sample without samples": (
+        solve(per_sample=True),
+        bl.ObjectiveError,
+        ["one loss a sample, shape (n,)", "shape ()", "Drop"],
+    ),
+    "inference mode": (
+        lambda: torch.inference_mode()(solve())(),
+        bl.ObjectiveError,
+        ["outside `torch.inference_mode()`", "Got a call inside it", "Leave that context"],
+    ),
+    "pattern that matches nothing": (
+        cut(["2.*"]),
+        bl.StructureError,
+        ["2.*"],
+    ),
+    "pattern that matches all": (cut(["*"]), bl.StructureError, ["*"]),
+    "pattern that is a string": (cut("1.*"), TypeError, ["1.*"]),
+    "no slack and no theta": (
+        lambda: bl.ValueFunction(epsilon=0.0),
+        ValueError,
+        [
+            "`ValueFunction(epsilon=...)` must be > 0 where theta is None",
+            "epsilon=0.0",
+            "give theta",
+        ],
+    ),
+    "no unrolled step": (
+        lambda: bl.Unrolled(max_steps=0),
+        ValueError,
+        ["`Unrolled(max_steps=...)` must be at least 1", "max_steps=0", "Raise it"],
+    ),
+    "file that is no checkpoint": (
+        lambda: bl.load_state(__file__),
+        bl.CheckpointError,
+        ["test_mistakes.py"],
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake_is_named(mistake: str) -> None:
+    call, kind, fragments = MISTAKES[mistake]
+    with pytest.raises(kind) as caught:
+        call()
+    said = " ".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
+    missing = [fragment for fragment in fragments if fragment not in said]
+    assert not missing, f"the message lacks {missing}: {said}"
+
+
+def test_error_inside_an_objective_names_the_shapes() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        MISTAKES["objective of other shapes"][0]()
+    assert caught.value.__notes__ == [
+        "While calling the objectives of the BilevelProblem for the first time, with x0 (2,), y0 (3,)."
+    ]
