@@ -24,7 +24,7 @@ class NonFiniteError(BilevelError, ArithmeticError):
 
 
 class UnboundedError(BilevelError, ArithmeticError):
-    """The lower objective decreases without bound, so that the lower problem has no solution."""
+    """An objective decreases without bound, so that its problem has no solution."""
 
 
 class CheckpointError(BilevelError, ValueError):

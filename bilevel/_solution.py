@@ -37,6 +37,7 @@ class Status(enum.Enum):
     LOWER_UNBOUNDED = (
         "the lower objective decreases without bound in y, so the lower problem has no solution"
     )
+    UPPER_UNBOUNDED = "the upper value decreases without bound in x, so the problem has no solution"
     LOWER_UNSOLVED = "the lower problem was not solved to its tolerance, so the hypergradient is not to be trusted"
     LINEAR_UNSOLVED = "the linear system of the lower Hessian was not solved: singular, indefinite, or too few steps"
 
@@ -51,6 +52,7 @@ class Status(enum.Enum):
             Status.NONFINITE: NonFiniteError,
             Status.INFEASIBLE: InfeasibleError,
             Status.LOWER_UNBOUNDED: UnboundedError,
+            Status.UPPER_UNBOUNDED: UnboundedError,
         }
         return kinds.get(self, BilevelError)(message)
 

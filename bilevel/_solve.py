@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
+from bilevel import _tree
 from bilevel._certify import certify
 from bilevel._errors import BilevelWarning, StructureError
 from bilevel._oracle import Oracle
@@ -18,7 +19,12 @@ from bilevel._types import Tree
 from bilevel.estimators import check_problem
 from bilevel.solvers import Solver
 
-_WITHOUT_ANSWER = (Status.NONFINITE, Status.LOWER_UNBOUNDED, Status.INFEASIBLE)
+_WITHOUT_ANSWER = (
+    Status.NONFINITE,
+    Status.LOWER_UNBOUNDED,
+    Status.UPPER_UNBOUNDED,
+    Status.INFEASIBLE,
+)
 
 
 def iterate(
@@ -81,6 +87,7 @@ def iterate(
                 "Pass the data of each step, or leave it out for the full-batch mode."
             ) from None
         check_problem(problem, x0, y0, first)
+        x0, y0 = _tree.detach(x0), _tree.detach(y0)
         stream = itertools.chain([first], stream)
         state = solver.init(problem, x0, y0, first, full_batch=batches is None)
     return _states(problem, solver, state, stream)

@@ -110,14 +110,14 @@ def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
     """One vector of all entries, and the function that puts such a vector back into the tree.
 
     The function keeps the graph: gradients flow from the tree to the vector. Leaves of several
-    dtypes meet in the widest of them and return to their own.
+    dtypes meet in the widest of them, float32 at least, and return to their own.
     """
     parts = leaves(tree)
-    if len(parts) == 1 and parts[0].dim() == 1 and parts[0] is tree:
-        return parts[0], lambda vector: vector
-    dtype = parts[0].dtype
-    for leaf in parts[1:]:
+    dtype = torch.float32
+    for leaf in parts:
         dtype = torch.promote_types(dtype, leaf.dtype)
+    if parts[0] is tree and tree.dim() == 1 and tree.dtype == dtype:
+        return tree, lambda vector: vector
     shapes = [leaf.shape for leaf in parts]
     dtypes = [leaf.dtype for leaf in parts]
     sizes = [leaf.numel() for leaf in parts]

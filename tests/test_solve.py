@@ -112,3 +112,26 @@ def test_state_goes_on_where_the_run_stopped() -> None:
         assert torch.equal(before.x, after.x)
         assert torch.equal(before.y, after.y)
         assert before.evaluations == after.evaluations
+
+
+def test_unbounded_upper_problem_is_said() -> None:
+    falling = bl.BilevelProblem(lambda x, y, data: y.sum() + x.sum(), PROBLEM.lower)
+    for solver in (bl.ASBLO(), bl.HypergradientDescent(bl.Implicit())):
+        with pytest.raises(bl.UnboundedError, match="upper value decreases without bound"):
+            bl.solve(falling, solver, X, Y, max_steps=100)
+
+
+def test_variables_that_require_gradients_are_only_read() -> None:
+    x0, y0 = X.clone().requires_grad_(), Y.clone().requires_grad_()
+    solution = bl.solve(PROBLEM, bl.ASBLO(), x0, y0, max_steps=100)
+    assert not solution.x.requires_grad
+    assert x0.grad is None
+    torch.testing.assert_close(x0.detach(), X)
+
+
+def test_lower_problem_with_a_kink_is_called_unsolved() -> None:
+    kink = bl.BilevelProblem(
+        PROBLEM.upper, lambda x, y, data: (y - 2.0 * x).abs().sum() + PROBLEM.lower(x, y, data)
+    )
+    solution = bl.solve(kink, bl.ASBLO(), X[:1], Y[:1], max_steps=100, throw=False)
+    assert solution.status is bl.Status.LOWER_UNSOLVED

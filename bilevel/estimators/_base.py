@@ -44,6 +44,29 @@ class Estimate:
     memory: Mapping[str, Any] = field(default_factory=dict[str, Any])
     evaluations: Evaluations = field(default_factory=Evaluations)
 
+    def kept(self) -> dict[str, Any]:
+        """What a solver's memory holds of this estimate, beside y and `memory`: tensors and plain numbers."""
+        return {
+            "grad": self.grad,
+            "value": self.value,
+            "status": self.status.name,
+            "info": dict(self.info),
+            "noise": self.noise,
+        }
+
+    @classmethod
+    def recalled(cls, kept: Mapping[str, Any], y: Tensor, memory: Mapping[str, Any]) -> Estimate:
+        """The estimate again, from what `kept` gave."""
+        return cls(
+            grad=kept["grad"],
+            y=y,
+            value=kept["value"],
+            status=Status[kept["status"]],
+            info=kept["info"],
+            noise=kept["noise"],
+            memory=memory,
+        )
+
 
 class Estimator(ABC):
     """Estimates the gradient of the upper value with respect to the upper variable."""

@@ -25,6 +25,7 @@ _STAGE_TOL = (
 )
 _GAP_TOL = 1e-6  # largest value gap of an answer, in units of f
 _SHARP = 5e-3  # of the estimated error of x: how far the last stage may stay from its solution
+_FAR = 1e10  # growth of |x| at which a minimum is not believed to exist
 _SHARP_STEPS = 20  # at most: rounding may keep x from getting any nearer
 _ROUNDING = (
     100.0  # the slack stays this many times above the rounding error of f, a step above that of x
@@ -65,6 +66,7 @@ def init(sequence: Sequence, problem: BilevelProblem, x0: Tree, y0: Tree) -> Sta
             "units": [scales.lower, scales.upper, scales.square],
             "quasi_newton": sequence.optimizer.init(x),
             "warm": {"z": scales.z},
+            "reach": 1.0 + _tree.length(scales.x),
         },
         evaluations=scales.evaluations,
     )
@@ -109,17 +111,15 @@ def step(sequence: Sequence, problem: BilevelProblem, state: State) -> State:
     estimate: Estimate = point.extra
     x, y = point.y, estimate.y
     memory["warm"] = estimate.memory
-    memory["phi"] = {
-        "value": point.value,
-        "grad": point.grad,
-        "noise": point.noise,
-        "info": dict(estimate.info),
-    }
+    memory["phi"] = estimate.kept()
     status, message = Status.RUNNING, ""
     if "target" in memory:
         memory["sharp_steps"] -= 1
         stuck = stuck or memory["sharp_steps"] == 0
-    if stuck or _is_solved(sequence.optimizer, point, memory, flat.domain, tol):
+    if _tree.length(x) > _FAR * memory["reach"]:
+        status = Status.UPPER_UNBOUNDED
+        message = f"{status.value} (in stage {k})"
+    elif stuck or _is_solved(sequence.optimizer, point, memory, flat.domain, tol):
         status, message = _close_stage(sequence, x, estimate, memory, flat.domain)
     return State(
         x=unravel_x(x),
@@ -141,10 +141,7 @@ def step(sequence: Sequence, problem: BilevelProblem, state: State) -> State:
 
 
 def _recalled(x: Tensor, y: Tensor, memory: dict[str, Any]) -> Point:
-    phi = memory["phi"]
-    estimate = Estimate(
-        phi["grad"], y, phi["value"], info=phi["info"], noise=phi["noise"], memory=memory["warm"]
-    )
+    estimate = Estimate.recalled(memory["phi"], y, memory["warm"])
     return Point(x, estimate.value, estimate.grad, estimate.noise, estimate)
 
 

@@ -16,6 +16,8 @@ from bilevel.estimators import Estimate, Estimator
 from bilevel.optim import Point, QuasiNewton, Torch
 from bilevel.solvers._base import Solver
 
+_FAR = 1e10  # growth of |x| at which a minimum is not believed to exist
+
 
 @dataclass(frozen=True)
 class HypergradientDescent(Solver):
@@ -59,19 +61,18 @@ class HypergradientDescent(Solver):
     ) -> State:
         """See `Solver.init`."""
         x, y = _tree.detach(x0), _tree.detach(y0)
-        if isinstance(self.upper_optimizer, Torch):
-            return State(
-                x, y, memory={"optimizer": self.upper_optimizer.init(_tree.leaves(x)), "warm": {}}
-            )
-        if not full_batch:
+        if not (full_batch or isinstance(self.upper_optimizer, Torch)):
             raise ValueError(
                 "`HypergradientDescent(upper_optimizer=...)` must be a `Torch` where batches are given: a line search "
                 "cannot compare values of different batches. Got QuasiNewton. "
                 "Use e.g. `bilevel.optim.Torch(torch.optim.Adam, lr=1e-2)`."
             )
-        return State(
-            x, y, memory={"optimizer": self.upper_optimizer.init(_tree.ravel(x)[0]), "warm": {}}
-        )
+        if isinstance(self.upper_optimizer, Torch):
+            optimizer = self.upper_optimizer.init(_tree.leaves(x))
+        else:
+            optimizer = self.upper_optimizer.init(_tree.ravel(x)[0])
+        memory = {"optimizer": optimizer, "warm": {}, "reach": 1.0 + _tree.length(x)}
+        return State(x, y, memory=memory)
 
     def step(self, problem: BilevelProblem, state: State, data: Any) -> State:
         """See `Solver.step`."""
@@ -94,7 +95,7 @@ class HypergradientDescent(Solver):
             y=unravel_y(estimate.y),
             step=state.step + 1,
             metrics=_metrics(estimate),
-            memory={"optimizer": memory, "warm": estimate.memory},
+            memory={**state.memory, "optimizer": memory, "warm": estimate.memory},
             evaluations=state.evaluations + estimate.evaluations,
         )
 
@@ -118,7 +119,7 @@ class HypergradientDescent(Solver):
             )
 
         if "estimate" in memory:
-            estimate = Estimate(y=y, memory=warm, **memory["estimate"])
+            estimate = Estimate.recalled(memory["estimate"], y, warm)
             point = Point(x, estimate.value, estimate.grad, estimate.noise, estimate)
         else:
             point = evaluate(x)
@@ -130,12 +131,7 @@ class HypergradientDescent(Solver):
         point = new or point
         estimate = point.extra
         memory["warm"] = estimate.memory
-        memory["estimate"] = {
-            "grad": estimate.grad,
-            "value": estimate.value,
-            "info": dict(estimate.info),
-            "noise": estimate.noise,
-        }
+        memory["estimate"] = estimate.kept()
         status, message = Status.RUNNING, ""
         left = _tree.length(optimizer.direction(point, memory["optimizer"], flat.domain))
         size = max(_tree.length(point.y), 1e-3 * math.sqrt(x.numel()))
@@ -146,9 +142,9 @@ class HypergradientDescent(Solver):
             solved = slope <= max(1e-10 * abs(estimate.value), 100.0 * estimate.noise)
             status = Status.CONVERGED if solved or left == 0.0 else Status.STALLED
             message = "no step decreases F any more"
-        elif (
-            new is None
-        ):  # the value may belong to another start of the lower solve: measure it again
+        elif _tree.length(point.y) > _FAR * memory["reach"]:
+            status, message = Status.UPPER_UNBOUNDED, Status.UPPER_UNBOUNDED.value
+        elif new is None:  # the value may be of another start of the lower solve: measure it again
             del memory["estimate"]
         if status is Status.CONVERGED and estimate.status is not Status.CONVERGED:
             status, message = estimate.status, estimate.status.value

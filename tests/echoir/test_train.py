@@ -111,7 +111,7 @@ def test_mistakes_are_told_in_a_sentence(folder, tmp_path, options, message, cap
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
     for step in (10, 20, 30):
         state = bl.State({"a": torch.full((3,), float(step))}, {"b": torch.zeros(2)}, step=step)
-        save_checkpoint(tmp_path, Checkpoint(state, state, total=40, seconds=1.0))
+        save_checkpoint(tmp_path, Checkpoint(state, state, seconds=1.0))
     assert sorted(os.listdir(tmp_path)) == ["step-00000020", "step-00000030"]
     newest = tmp_path / "step-00000030" / "state.pt"
     newest.write_bytes(newest.read_bytes()[:-7])
