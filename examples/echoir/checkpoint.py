@@ -25,14 +25,14 @@ class Checkpoint:
     Attributes:
         state: of the solver.
         average: the exponential moving average of x and y, as a state of the same step.
-        total: steps that the whole run shall have.
         seconds: wall-clock time so far.
+        finished: whether the run has come to its end.
     """
 
     state: bl.State
     average: bl.State
-    total: int
     seconds: float
+    finished: bool = False
 
 
 def save(folder: Path, checkpoint: Checkpoint):
@@ -43,7 +43,7 @@ def save(folder: Path, checkpoint: Checkpoint):
     unfinished.mkdir()
     bl.save_state(unfinished / "state.pt", checkpoint.state)
     bl.save_state(unfinished / "average.pt", checkpoint.average)
-    run = {"total": checkpoint.total, "seconds": checkpoint.seconds}
+    run = {"seconds": checkpoint.seconds, "finished": checkpoint.finished}
     (unfinished / "run.json").write_text(json.dumps(run))
     finished = folder / f"step-{checkpoint.state.step:08d}"
     shutil.rmtree(finished, ignore_errors=True)
@@ -65,8 +65,8 @@ def load(folder: Path, device: torch.device) -> Checkpoint | None:
             return Checkpoint(
                 bl.load_state(path / "state.pt", map_location=device),
                 bl.load_state(path / "average.pt", map_location=device),
-                run["total"],
                 run["seconds"],
+                run["finished"],
             )
         except (bl.BilevelError, OSError, json.JSONDecodeError, KeyError) as error:
             errors.append(f"{path}: {error}")

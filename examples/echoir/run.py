@@ -9,21 +9,20 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 from checkpoint import Checkpoint, load, save
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import bilevel as bl
 
 SAVE_EVERY = 60.0  # seconds: what a power failure may cost
 LOG_EVERY = 10  # steps
 LOOK_EVERY = 100  # steps: the PSNR of held-out crops, which costs as much as two of them
-PATIENCE = 1.25  # a run planned for so many minutes is ended when it has taken a quarter more
 
 
 class Interrupted(Exception):  # noqa: N818  (not an error)
@@ -37,7 +36,7 @@ class Run:
     Attributes:
         name: of the method, for folders and messages.
         problem: with `x0` and `y0`, made by `bl.from_module`.
-        solver: of `schedule`, a function that makes it for a total number of steps.
+        solver: makes it, from a function that maps a step to the share of the run that is done.
         x0: upper start.
         y0: lower start.
         batch: the batch of a step, a pure function of it.
@@ -48,20 +47,13 @@ class Run:
 
     name: str
     problem: bl.BilevelProblem
-    solver: Callable[[int], bl.Solver]
+    solver: Callable[[Callable[[int], float]], bl.Solver]
     x0: dict[str, torch.Tensor]
     y0: dict[str, torch.Tensor]
     batch: Callable[[int], bl.Batch]
     psnr: Callable[[bl.State], float]
     folder: Path
     device: torch.device
-
-    def plan(self, seconds: float) -> int:
-        """The number of steps that fit into so many seconds, from steps that are then forgotten."""
-        trial = bl.iterate(self.problem, self.solver(1000), self.x0, self.y0, self._batches(0, 12))
-        times = [time.perf_counter() for _ in trial]
-        each = sorted(b - a for a, b in pairwise(times[2:]))
-        return max(1, round(seconds / each[len(each) // 2]))
 
     def train(
         self, console: Console, *, seconds: float, steps: int | None = None, resume: bool = False
@@ -70,9 +62,10 @@ class Run:
 
         Args:
             console: where to show it.
-            seconds: time to plan for, and to stay near to.
+            seconds: time to take. The share that is done, on which learning rates depend, is a
+                share of it, so that a machine that becomes slower still ends in time and at rest.
             steps: do exactly so many instead, however long it takes.
-            resume: go on from the newest checkpoint in the folder, if there is one, as planned.
+            resume: go on from the newest checkpoint in the folder, if there is one.
 
         Returns:
             The last checkpoint, which is on disk too.
@@ -82,29 +75,24 @@ class Run:
             bl.BilevelError: if training diverged; the checkpoint before stays.
         """
         now = load(self.folder / "checkpoints", self.device) if resume else None
-        limit = float("inf") if steps else PATIENCE * seconds
+        if now is not None and now.finished:
+            return now
+        start: dict[str, Any] = {"state": now.state} if now else {"x0": self.x0, "y0": self.y0}
         if now is None:
             first = bl.State(self.x0, self.y0)
-            now = Checkpoint(first, _copy(first), steps or self.plan(seconds), 0.0)
-            start: dict[str, Any] = {"x0": self.x0, "y0": self.y0}
-        else:
-            start = {"state": now.state}
-        batches = self._batches(now.state.step, now.total)
-        states = (
-            bl.iterate(self.problem, self.solver(now.total), batches=batches, **start)
-            if now.state.step < now.total
-            else ()
-        )
+            now = Checkpoint(first, _copy(first), 0.0)
+        clock = _Clock(time.perf_counter() - now.seconds, seconds, steps)
+        batches = (self.batch(step) for step in count(now.state.step))
+        states = bl.iterate(self.problem, self.solver(clock.done), batches=batches, **start)
         with (
             self._open_log(now.state.step) as log,
             _signals() as asked,
             _progress(console) as progress,
         ):
-            return self._loop(states, now, limit, asked, progress, log, console)
+            return self._loop(states, now, clock, asked, progress, log)
 
-    def _loop(self, states, now, limit, asked, progress, log, console) -> Checkpoint:
-        bar = progress.add_task(self.name, total=now.total, completed=now.state.step, facts="")
-        origin = time.perf_counter() - now.seconds
+    def _loop(self, states, now, clock, asked, progress, log) -> Checkpoint:
+        bar = progress.add_task(self.name, total=1.0, step=now.state.step, facts="")
         saved_at = time.perf_counter()
         seen: dict[str, float] = {}  # the latest PSNR, once there is one
         stepping = 0.0
@@ -114,41 +102,28 @@ class Run:
             if state.status.is_failure:
                 raise state.status.error(f"{self.name}: {state.message}")
             _average(now.average, state)
-            now = replace(
-                now,
-                state=state,
-                average=replace(now.average, step=state.step),
-                seconds=time.perf_counter() - origin,
-            )
-            if state.step % LOOK_EVERY == 0 or state.step == now.total:
-                seen = {"psnr": self.psnr(now.average)}
-            if state.step % LOG_EVERY == 0 or state.step == now.total:
+            average = replace(now.average, step=state.step)
+            now = Checkpoint(state, average, clock.seconds(), clock.done(state.step) >= 1)
+            if state.step % LOOK_EVERY == 0 or now.finished:
+                seen = {"psnr": self.psnr(average)}
+            if state.step % LOG_EVERY == 0 or now.finished:
                 row = {"step": state.step, "seconds": round(now.seconds, 2), **seen}
                 row |= {"step_seconds": round(stepping / LOG_EVERY, 4)}
                 stepping = 0.0
                 row |= {name: float(value) for name, value in state.metrics.items()}
                 log.write(json.dumps(row) + "\n")
                 log.flush()
-                progress.update(bar, completed=state.step, facts=_facts(row))
-            if asked:
-                save(self.folder / "checkpoints", now)
-                raise Interrupted(f"{self.name} stopped at step {state.step} of {now.total}")
-            if time.perf_counter() - saved_at > SAVE_EVERY:
+                done = clock.done(state.step)
+                progress.update(bar, completed=done, step=state.step, facts=_facts(row))
+            if now.finished or asked or time.perf_counter() - saved_at > SAVE_EVERY:
                 save(self.folder / "checkpoints", now)
                 saved_at = time.perf_counter()
-            if now.seconds > limit:
-                console.print(
-                    f"{self.name}: step {state.step} of {now.total}, time is up: the machine has "
-                    "become slower than it was when the run was planned."
-                )
-                break
+            if now.finished:
+                return now
+            if asked:
+                raise Interrupted(f"{self.name} stopped at step {state.step}")
             began = time.perf_counter()
-        now = replace(now, total=now.state.step)
-        save(self.folder / "checkpoints", now)
-        return now
-
-    def _batches(self, start: int, stop: int) -> Iterator[bl.Batch]:
-        return (self.batch(step) for step in range(start, stop))
+        raise RuntimeError(f"`{self.name}` ended by itself, with {now.state.status}.")
 
     def _open_log(self, step: int):
         """The metrics, one JSON object a line, up to this step; the rest is written anew."""
@@ -157,6 +132,22 @@ class Run:
         rows = path.read_text().splitlines() if step and path.exists() else []
         path.write_text("".join(f"{row}\n" for row in rows if json.loads(row)["step"] <= step))
         return path.open("a")
+
+
+@dataclass(frozen=True)
+class _Clock:
+    """How much of a run is done: by steps where their number is given, by time otherwise."""
+
+    origin: float
+    limit: float
+    steps: int | None
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.origin
+
+    def done(self, step: int) -> float:
+        share = step / self.steps if self.steps else self.seconds() / self.limit
+        return min(1.0, share)
 
 
 def _copy(state: bl.State) -> bl.State:
@@ -187,8 +178,8 @@ def _facts(row: dict[str, Any]) -> str:
 def _progress(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
+        BarColumn(bar_width=20),
+        TextColumn("step {task.fields[step]}"),
         TextColumn("{task.fields[facts]}"),
         TimeRemainingColumn(),
         console=console,

@@ -187,20 +187,19 @@ def methods(
         patches = everything.batch(a.batch, a.seed, step, 0)
         return bl.Batch(upper=patches, lower=patches)
 
-    def adamw(total: int) -> bl.optim.Torch:
-        lr = warm_cosine(a.lr, total)
-        return bl.optim.Torch(torch.optim.AdamW, lr=lr, max_norm=MAX_NORM, weight_decay=1e-4)
+    def adamw(done: Callable[[int], float]) -> bl.optim.Torch:
+        lr = warm_cosine(a.lr, done)
+        return bl.optim.Torch(torch.optim.AdamW, lr=lr, weight_decay=1e-4)
 
-    def asblo(total: int) -> bl.Solver:
+    def asblo(done: Callable[[int], float]) -> bl.Solver:
         return bl.ASBLO(
-            value_optimizer=adamw(total),
-            lower_optimizer=adamw(total),
-            upper_optimizer=adamw(total),
-            max_multiplier=MAX_MULTIPLIER,
+            value_optimizer=adamw(done),
+            lower_optimizer=adamw(done),
+            upper_optimizer=adamw(done),
         )
 
-    def single_level(total: int) -> bl.Solver:
-        return SingleLevel(adamw(total))
+    def single_level(done: Callable[[int], float]) -> bl.Solver:
+        return SingleLevel(adamw(done))
 
     def psnr(state: bl.State) -> float:
         return mean(result.scores()[1] for result in restored(state, CROP)).psnr_rgb
@@ -214,12 +213,12 @@ def methods(
     }
 
 
-def warm_cosine(highest: float, total: int) -> bl.Schedule:
+def warm_cosine(highest: float, done: Callable[[int], float]) -> bl.Schedule:
     """Fifty steps up, for Adam's moments to settle, then half a cosine down to a hundredth."""
 
     def lr(step: int) -> float:
         rise = min(1.0, (step + 1) / 50)
-        return highest * rise * (0.505 + 0.495 * math.cos(math.pi * min(1.0, step / total)))
+        return highest * rise * (0.505 + 0.495 * math.cos(math.pi * done(step)))
 
     return lr
 
