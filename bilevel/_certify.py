@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from bilevel import _tree
-from bilevel._errors import NonFiniteError
 from bilevel._oracle import Oracle
 from bilevel._problem import BilevelProblem, ravel, split_data
 from bilevel._solution import Certificate, Status
@@ -41,7 +40,6 @@ def certify(problem: BilevelProblem, x: Tree, y: Tree, data: Any = None) -> Cert
 
     Raises:
         StructureError: `x` or `y` is no tree of floating tensors.
-        NonFiniteError: The lower objective has no finite second derivatives at the point.
 
     Example:
         >>> import torch, bilevel as bl
@@ -67,14 +65,11 @@ def certify(problem: BilevelProblem, x: Tree, y: Tree, data: Any = None) -> Cert
     curvature, invertible = None, True
     if v.numel() <= _DENSE:
         hessian = oracle.linearized(u, v).hessian()
-        if not _tree.is_finite(hessian):
-            raise NonFiniteError(
-                "`certify` must be given a point where f has finite second derivatives. Got NaN or infinity. "
-                "Check the lower objective there."
-            )
-        eigenvalues: Tensor = linalg.eigvalsh(hessian)
-        curvature = float(eigenvalues[0])
-        invertible = curvature > _SINGULAR * float(eigenvalues[-1])
+        invertible = _tree.is_finite(hessian)
+        if invertible:
+            eigenvalues: Tensor = linalg.eigvalsh(hessian)
+            curvature = float(eigenvalues[0])
+            invertible = curvature > _SINGULAR * float(eigenvalues[-1])
     else:
         assumptions.append(
             f"the lower Hessian is positive definite (not tested above {_DENSE} variables)"
@@ -91,12 +86,13 @@ def certify(problem: BilevelProblem, x: Tree, y: Tree, data: Any = None) -> Cert
             hypergradient = _tree.length(u - moved)
     else:
         assumptions.append(
-            "F cannot be lowered by another lower solution: the lower Hessian is singular or indefinite here"
+            "F cannot be lowered by another lower solution: "
+            "the lower Hessian is singular, indefinite or not finite here"
         )
     outside = 0.0 if flat.domain is None else _tree.length(u - flat.domain(u))
     parts = split_data(data)
     return Certificate(
-        value_gap=max(0.0, float(value) - min(basins.nearest, basins.lowest)),
+        value_gap=_positive(float(value) - min(basins.nearest, basins.lowest)),
         deeper_basin=max(0.0, basins.nearest - basins.lowest),
         lower_gradient=_tree.length(grad),
         hypergradient=hypergradient,
@@ -113,4 +109,9 @@ def _violation(constraint: Objective | None, x: Tree, y: Tree, data: Any) -> flo
     if constraint is None:
         return 0.0
     with torch.no_grad():
-        return max(0.0, float(constraint(x, y, data).max()))
+        return _positive(float(constraint(x, y, data).max()))
+
+
+def _positive(value: float) -> float:
+    """`value` or 0; a NaN stays one."""
+    return 0.0 if value < 0.0 else value

@@ -96,6 +96,8 @@ def iterate(
 def _states(
     problem: BilevelProblem, solver: Solver, state: State, stream: Iterator[Any]
 ) -> Iterator[State]:
+    if state.status in (Status.MAX_STEPS, Status.STOPPED):  # the state of a solution goes on
+        state = replace(state, status=Status.RUNNING)
     if state.status is not Status.RUNNING:
         yield state
         return
@@ -189,7 +191,7 @@ def solve(
                 f"{certificate.deeper_basin:.3g}. Start at another y0, or convexify f."
             )
             warnings.warn(message, BilevelWarning, stacklevel=2)
-            state = replace(state, message=f"{state.message}; {message}")
+            state = replace(state, message="; ".join(filter(None, (state.message, message))))
     return Solution(
         x=state.x,
         y=state.y,

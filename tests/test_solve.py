@@ -129,9 +129,36 @@ def test_variables_that_require_gradients_are_only_read() -> None:
     torch.testing.assert_close(x0.detach(), X)
 
 
-def test_lower_problem_with_a_kink_is_called_unsolved() -> None:
-    kink = bl.BilevelProblem(
-        PROBLEM.upper, lambda x, y, data: (y - 2.0 * x).abs().sum() + PROBLEM.lower(x, y, data)
+def test_unsolved_lower_problem_is_not_called_converged() -> None:
+    steep = bl.BilevelProblem(
+        PROBLEM.upper,
+        lambda x, y, data: ((y - x).cosh() + 0.3 * (y - x) ** 4 + 0.1 * y**2).sum(),
     )
-    solution = bl.solve(kink, bl.ASBLO(), X[:1], Y[:1], max_steps=100, throw=False)
-    assert solution.status is bl.Status.LOWER_UNSOLVED
+    hasty = bl.ASBLO(minimizer=bl.optim.Newton(max_steps=2))
+    solution = bl.solve(steep, hasty, X, Y, max_steps=60, throw=False)
+    assert solution.status is not bl.Status.CONVERGED
+
+
+def test_constraints_that_would_be_ignored_are_refused() -> None:
+    bound = bl.BilevelProblem(
+        PROBLEM.upper, PROBLEM.lower, lower_constraint=lambda x, y, data: y + 5.0
+    )
+    with pytest.raises(ValueError, match=r"HypergradientDescent.*lower_constraint"):
+        bl.solve(bound, bl.HypergradientDescent(bl.Implicit()), X, Y, max_steps=5)
+    with pytest.raises(ValueError, match=r"hypergradient.*lower_constraint"):
+        bl.hypergradient(bound, X, Y, method=bl.Implicit())
+
+
+def test_state_of_a_solution_goes_on() -> None:
+    solution = bl.solve(PROBLEM, bl.ASBLO(), X, Y, max_steps=3)
+    state = next(bl.iterate(PROBLEM, bl.ASBLO(), state=solution.state))
+    assert state.step == 4
+
+
+def test_start_outside_the_domain_is_projected() -> None:
+    rising = bl.BilevelProblem(
+        lambda x, y, data: ((y - 20.0) ** 2).sum(), PROBLEM.lower, domain=bl.Box(0.0, 1.0)
+    )
+    for solver in (bl.ASBLO(), bl.HypergradientDescent(bl.Implicit())):
+        solution = bl.solve(rising, solver, X + 5.0, Y, max_steps=50)
+        torch.testing.assert_close(solution.x, torch.ones_like(X))

@@ -1,6 +1,12 @@
 """Hypergradient estimators: one a file."""
 
-from bilevel.estimators._base import Estimate, Estimator, check_problem, hypergradient
+from bilevel.estimators._base import (
+    Estimate,
+    Estimator,
+    check_problem,
+    hypergradient,
+    refuse_constraints,
+)
 from bilevel.estimators.implicit import Implicit
 from bilevel.estimators.unrolled import Unrolled
 from bilevel.estimators.value_function import ValueFunction
@@ -13,4 +19,5 @@ __all__ = [
     "ValueFunction",
     "check_problem",
     "hypergradient",
+    "refuse_constraints",
 ]

@@ -135,11 +135,22 @@ def hypergradient(
         tensor([6.])
     """
     check_problem(problem, x, y, data)
+    refuse_constraints(problem, "hypergradient")
     flat, (x_vector, y_vector), unravel_x, unravel_y = ravel(
         problem, _tree.detach(x), _tree.detach(y)
     )
     estimate = method.estimate(flat, x_vector, y_vector, data)
     return replace(estimate, grad=unravel_x(estimate.grad), y=unravel_y(estimate.y))
+
+
+def refuse_constraints(problem: BilevelProblem, name: str) -> None:
+    """Raises where `problem` has constraints, which the caller called `name` would ignore."""
+    for kind in ("upper_constraint", "lower_constraint"):
+        if getattr(problem, kind) is not None:
+            raise ValueError(
+                f"`{name}` takes a domain of x, and no `BilevelProblem({kind}=...)` in this version. Got one. "
+                "Put bounds on x into `domain`, and a constraint on y into the objective as a penalty or a barrier."
+            )
 
 
 def check_problem(problem: BilevelProblem, x: Tree, y: Tree, data: Any) -> None:

@@ -97,7 +97,7 @@ class Implicit(Estimator):
             status = Status.NONFINITE
         elif solved.status is not Status.CONVERGED:
             status = Status.LOWER_UNSOLVED
-        elif residual > max(_SOLVED, 100.0 * torch.finfo(x.dtype).eps):
+        elif not residual <= max(_SOLVED, 100.0 * torch.finfo(x.dtype).eps):
             status = Status.LINEAR_UNSOLVED
         return Estimate(
             grad=grad,

@@ -218,7 +218,10 @@ def _pull(numbers: _Numbers, weight: _Weight, y: Tree, upper_y: Tree, lower_y: T
     """
     theta = weight.value * numbers.mu if numbers.theta is None else numbers.theta
     grad = _tree.axpy(theta, y, _tree.axpy(weight.value, lower_y, upper_y))
-    stiffness = 1.0 + weight.value * (numbers.rate_y / numbers.rate_z)
+    ratio = (
+        numbers.rate_y / numbers.rate_z if numbers.rate_z > 0.0 else 1.0
+    )  # schedules may end at 0
+    stiffness = 1.0 + weight.value * ratio
     stiffness = stiffness + numbers.rate_y * weight.curvature * _tree.vdot(lower_y, lower_y)
     return _tree.scale(1.0 / stiffness, grad)
 

@@ -12,6 +12,7 @@ from bilevel._problem import BilevelProblem
 from bilevel._solution import State
 from bilevel._types import Schedule, Tree
 from bilevel.barriers import Barrier, log_rational
+from bilevel.estimators import refuse_constraints
 from bilevel.estimators.value_function import ValueFunction
 from bilevel.optim._base import Minimizer
 from bilevel.optim.newton import Newton
@@ -79,7 +80,8 @@ class ASBLO(Solver):
         lower_optimizer: Mini-batches: moves y.
         upper_optimizer: Mini-batches: moves x.
         multiplier: Mini-batches: `"slack"` takes $\lambda = P'$ at the known slack $v - f(z)$, which
-            no batch disturbs; `"gap"` at the gap averaged over batches, by the relaxed barrier.
+            no batch disturbs unless the averaged gap is negative; `"gap"` at the gap averaged over
+            batches, by the relaxed barrier.
         max_multiplier: Mini-batches: largest $\lambda$, in units of F over f, > 0.
 
     Raises:
@@ -158,7 +160,7 @@ class ASBLO(Solver):
         self, problem: BilevelProblem, x0: Tree, y0: Tree, data: Any, *, full_batch: bool
     ) -> State:
         """See `Solver.init`."""
-        _refuse_constraints(problem)
+        refuse_constraints(problem, "ASBLO")
         if full_batch:
             return _sequential.init(self._sequence(), problem, x0, y0)
         return _single_loop.init(self._single_loop(), problem, x0, y0, data)
@@ -222,12 +224,3 @@ class ASBLO(Solver):
             multiplier=self.multiplier,
             max_multiplier=self.max_multiplier,
         )
-
-
-def _refuse_constraints(problem: BilevelProblem) -> None:
-    for name in ("upper_constraint", "lower_constraint"):
-        if getattr(problem, name) is not None:
-            raise ValueError(
-                f"`ASBLO` takes a domain of x, and no `BilevelProblem({name}=...)` in this version. Got one. "
-                "Put bounds on x into `domain`, and a constraint on y into the objective as a penalty or a barrier."
-            )

@@ -12,7 +12,7 @@ from bilevel import _tree
 from bilevel._problem import BilevelProblem, projected_by, ravel
 from bilevel._solution import Evaluations, State, Status
 from bilevel._types import Tree
-from bilevel.estimators import Estimate, Estimator
+from bilevel.estimators import Estimate, Estimator, refuse_constraints
 from bilevel.optim import Point, QuasiNewton, Torch
 from bilevel.solvers._base import Solver
 
@@ -60,7 +60,8 @@ class HypergradientDescent(Solver):
         self, problem: BilevelProblem, x0: Tree, y0: Tree, data: Any, *, full_batch: bool
     ) -> State:
         """See `Solver.init`."""
-        x, y = _tree.detach(x0), _tree.detach(y0)
+        refuse_constraints(problem, "HypergradientDescent")
+        x, y = projected_by(problem.domain, _tree.detach(x0)), _tree.detach(y0)
         if not (full_batch or isinstance(self.upper_optimizer, Torch)):
             raise ValueError(
                 "`HypergradientDescent(upper_optimizer=...)` must be a `Torch` where batches are given: a line search "
