@@ -189,13 +189,14 @@ def methods(
 
     def adamw(done: Callable[[int], float]) -> bl.optim.Torch:
         lr = warm_cosine(a.lr, done)
-        return bl.optim.Torch(torch.optim.AdamW, lr=lr, weight_decay=1e-4)
+        return bl.optim.Torch(torch.optim.AdamW, lr=lr, max_norm=MAX_NORM, weight_decay=1e-4)
 
     def asblo(done: Callable[[int], float]) -> bl.Solver:
         return bl.ASBLO(
             value_optimizer=adamw(done),
             lower_optimizer=adamw(done),
             upper_optimizer=adamw(done),
+            max_multiplier=MAX_MULTIPLIER,
         )
 
     def single_level(done: Callable[[int], float]) -> bl.Solver:
