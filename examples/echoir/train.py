@@ -10,6 +10,7 @@ picture.png, weights.safetensors and metrics.jsonl, and a folder for each method
 2 a mistake in the arguments or the data, 75 stopped by a signal and saved.
 """
 
+import copy
 import json
 import math
 import shutil
@@ -70,7 +71,7 @@ class Arguments:
         compare: train the same network by single-level AdamW too, as long as ASBLO took.
         device: `cpu`, `cuda`, ...; the fastest there is, by default.
         amp: compute in bfloat16; by default where the processor has units for it.
-        compile: compile the network; the start takes a minute longer.
+        compile: compile the network; the start takes minutes longer, so for long runs.
         threads: of the CPU. Two runs are equal only at equal threads. One by default: the `cpu`
             preset's tensors are small, and a second thread gains a fifth on an idle machine but
             costs a factor of twenty on a busy one.
@@ -154,10 +155,7 @@ def load_split(a: Arguments) -> Split:
 def new_network(a: Arguments, device: torch.device) -> EchoIR:
     """The network at its start, a function of the seed alone."""
     torch.manual_seed(a.seed)
-    net = EchoIR(PRESETS[a.preset]).to(device, memory_format=torch.channels_last)
-    if a.compile:
-        net.compile()
-    return net
+    return EchoIR(PRESETS[a.preset]).to(device, memory_format=torch.channels_last)
 
 
 def methods(
@@ -173,6 +171,9 @@ def methods(
     validation = PatchSampler(data.validation, degrade, a.patch, device)
     everything = PatchSampler(data.train + data.validation, degrade, a.patch, device)
     upper, lower = objectives(a.lower, alpha=a.alpha, amp=a.amp)
+    if a.compile:  # a copy: whole photographs, each of its own size, would be compiled one by one
+        net = copy.deepcopy(net)
+        net.compile(dynamic=False)
     problem, x0, y0 = bl.from_module(
         net, lower=["upsamplers.*"], upper_loss=upper, lower_loss=lower, per_sample=True
     )
