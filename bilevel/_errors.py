@@ -33,3 +33,16 @@ class CheckpointError(BilevelError, ValueError):
 
 class BilevelWarning(UserWarning):
     """The class of every warning that this library emits."""
+
+
+def check_kind(where: str, value: object, kind: type | tuple[type, ...], mend: str) -> None:
+    """Raises a TypeError in the library's one form unless `value` is an instance of `kind`."""
+    if isinstance(value, kind):
+        return
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    names = " or ".join(f"`{one.__name__}`" for one in kinds)
+    got = type(value).__name__
+    if isinstance(value, type):  # the commonest slip: the class for its instance
+        got = f"the class {value.__name__}"
+        mend = f"Create one: `{value.__name__}(...)`." if issubclass(value, kind) else mend
+    raise TypeError(f"`{where}` must be an instance of {names}. Got {got}. {mend}")

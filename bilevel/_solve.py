@@ -11,7 +11,7 @@ from typing import Any
 
 from bilevel import _tree
 from bilevel._certify import certify
-from bilevel._errors import BilevelWarning, StructureError
+from bilevel._errors import BilevelWarning, StructureError, check_kind
 from bilevel._oracle import Oracle
 from bilevel._problem import BilevelProblem
 from bilevel._solution import Solution, State, Status
@@ -72,6 +72,19 @@ def iterate(
         >>> state.step
         3
     """
+    check_kind(
+        "iterate(problem, ...)", problem, BilevelProblem, "Pass `BilevelProblem(upper, lower)`."
+    )
+    check_kind(
+        "iterate(solver=...)",
+        solver,
+        Solver,
+        "Pass e.g. `ASBLO()`, or `HypergradientDescent(...)` with an estimator.",
+    )
+    if batches is not None:
+        check_kind(
+            "iterate(batches=...)", batches, Iterable, "Pass the data of each step in a list."
+        )
     if (state is None) == (x0 is None or y0 is None):
         raise StructureError(
             "`iterate` must be given either x0 and y0, or state. "
@@ -157,6 +170,11 @@ def solve(
     if max_steps < 1:
         raise ValueError(
             f"`solve(max_steps=...)` must be at least 1. Got max_steps={max_steps}. Raise it."
+        )
+    if callback is not None and not callable(callback):
+        raise TypeError(
+            f"`solve(callback=...)` must be callable. Got {type(callback).__name__}. "
+            "Pass a function of the state."
         )
     data: list[Any] = [None]
     watched = None if batches is None else _watch(batches, data)

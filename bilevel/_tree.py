@@ -158,6 +158,11 @@ def check_variable(tree: Tree, where: str) -> None:
                 f"`{where}{name}` must be a floating-point tensor. Got dtype {leaf.dtype}. "
                 "Convert it, e.g. with `.to(torch.float64)`."
             )
+    if size(tree) == 0:
+        raise StructureError(
+            f"`{where}` must hold at least one number. Got shapes {[tuple(leaf.shape) for leaf in parts]}. "
+            "Pass a tensor with entries."
+        )
 
 
 def check_like(tree: Tree, reference: Tree, where: str) -> None:

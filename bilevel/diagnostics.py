@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel import _tree
+from bilevel._errors import check_kind
 from bilevel._oracle import Oracle
 from bilevel._problem import BilevelProblem, ravel
 from bilevel._solution import Status, table
@@ -103,6 +104,7 @@ def check_hypergradient(
         >>> bl.check_hypergradient(problem, x + 1.0, y, bl.Unrolled(max_steps=2, lr=0.1)).is_trusted
         False
     """
+    check_kind("check_hypergradient(method=...)", method, Estimator, "Pass e.g. `Implicit()`.")
     check_problem(problem, x, y, data)
     flat, (u, v), _, _ = ravel(problem, _tree.detach(x), _tree.detach(y))
     estimate = method.estimate(flat, u, v, data)

@@ -218,6 +218,48 @@ MISTAKES: dict[str, tuple[Callable[[], object], type[Exception], list[str]]] = {
         ValueError,
         ["`Unrolled(max_steps=...)` must be at least 1", "max_steps=0", "Raise it"],
     ),
+    "solver is a class": (
+        lambda: bl.solve(GOOD, bl.ASBLO, X, Y, max_steps=1),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        [
+            "`iterate(solver=...)` must be an instance of `Solver`",
+            "the class ASBLO",
+            "`ASBLO(...)`",
+        ],
+    ),
+    "estimator for a solver": (
+        lambda: bl.solve(GOOD, bl.Implicit(), X, Y, max_steps=1),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        [
+            "`iterate(solver=...)` must be an instance of `Solver`",
+            "Got Implicit",
+            "HypergradientDescent",
+        ],
+    ),
+    "problem is a function": (
+        lambda: bl.solve(upper, bl.ASBLO(), X, Y, max_steps=1),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        ["must be an instance of `BilevelProblem`", "Got function", "BilevelProblem(upper, lower)"],
+    ),
+    "solver for an estimator": (
+        lambda: bl.HypergradientDescent(bl.ASBLO()),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        [
+            "`HypergradientDescent(estimator=...)` must be an instance of `Estimator`",
+            "Got ASBLO",
+            "Implicit",
+        ],
+    ),
+    "a part of another kind": (
+        lambda: bl.Implicit(bl.optim.Newton()),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        ["`Implicit(linear=...)` must be an instance of `LinearSolver`", "Got Newton", "linear.CG"],
+    ),
+    "x without entries": (
+        solve(x0=torch.zeros(0, dtype=torch.float64)),
+        bl.StructureError,
+        ["`x0` must hold at least one number", "(0,)", "Pass"],
+    ),
     "file that is no checkpoint": (
         lambda: bl.load_state(__file__),
         bl.CheckpointError,

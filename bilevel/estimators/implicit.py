@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel import _tree
+from bilevel._errors import check_kind
 from bilevel._oracle import Oracle
 from bilevel._problem import BilevelProblem
 from bilevel._solution import Status
@@ -63,6 +64,8 @@ class Implicit(Estimator):
     tol: float = 1e-13
 
     def __post_init__(self) -> None:
+        check_kind("Implicit(linear=...)", self.linear, LinearSolver, "Pass e.g. `linear.CG()`.")
+        check_kind("Implicit(minimizer=...)", self.minimizer, Minimizer, "Pass e.g. `Newton()`.")
         if not self.tol >= 0.0:
             raise ValueError(
                 f"`Implicit(tol=...)` must be >= 0. Got tol={self.tol}. Use e.g. 1e-10."

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from bilevel._errors import check_kind
 from bilevel._problem import BilevelProblem
 from bilevel._solution import State
 from bilevel._types import Schedule, Tree
@@ -134,6 +135,7 @@ class ASBLO(Solver):
                 )
         for name in ("kappa", "rtol", "max_multiplier"):
             value = getattr(self, name)
+            check_kind(f"ASBLO({name}=...)", value, (float, int), "Leave it out for the default.")
             if not (value > 0.0 and math.isfinite(value)):
                 raise ValueError(
                     f"`ASBLO({name}=...)` must be a finite number > 0. Got {name}={value}. "
@@ -149,6 +151,13 @@ class ASBLO(Solver):
                 f'`ASBLO(multiplier=...)` must be "slack" or "gap". Got {self.multiplier!r}. '
                 'Use "slack" unless batches are large.'
             )
+        check_kind("ASBLO(minimizer=...)", self.minimizer, Minimizer, "Pass e.g. `Newton()`.")
+        check_kind(
+            "ASBLO(optimizer=...)",
+            self.optimizer,
+            QuasiNewton,
+            "It steps on the full batch; `upper_optimizer` takes a `Torch` for batches.",
+        )
         for name in ("value_optimizer", "lower_optimizer", "upper_optimizer"):
             if not isinstance(getattr(self, name), Torch):
                 raise TypeError(

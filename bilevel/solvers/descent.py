@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from bilevel import _tree
+from bilevel._errors import check_kind
 from bilevel._problem import BilevelProblem, projected_by, ravel
 from bilevel._solution import Evaluations, State, Status
 from bilevel._types import Tree
@@ -51,6 +52,14 @@ class HypergradientDescent(Solver):
     rtol: float = 1e-7
 
     def __post_init__(self) -> None:
+        name = "HypergradientDescent(estimator=...)"
+        check_kind(name, self.estimator, Estimator, "Pass e.g. `Implicit()`.")
+        check_kind(
+            "HypergradientDescent(upper_optimizer=...)",
+            self.upper_optimizer,
+            (QuasiNewton, Torch),
+            "Wrap an optimizer of torch, e.g. `Torch(torch.optim.Adam, lr=1e-2)`.",
+        )
         if not (self.rtol > 0.0 and math.isfinite(self.rtol)):
             raise ValueError(
                 f"`HypergradientDescent(rtol=...)` must be a finite number > 0. Got rtol={self.rtol}. Use e.g. 1e-7."
