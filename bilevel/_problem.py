@@ -13,6 +13,9 @@ from bilevel import _tree
 from bilevel._errors import ObjectiveError, StructureError
 from bilevel._types import Objective, Projection, Tree
 
+#: The constraints of a problem, by the name of their field.
+CONSTRAINTS = ("upper_constraint", "lower_constraint", "upper_equality", "lower_equality")
+
 
 class Batch(NamedTuple):
     """The data of one step, one part a level: D_val and D_tr of hyperparameter search.
@@ -130,8 +133,9 @@ def _spread(bound: Tree, x: Tree, name: str) -> Tree:
 class BilevelProblem:
     r"""A bi-level problem as two functions.
 
-    $$\min_x F(x, y) \quad\text{subject to}\quad y \in \arg\min_{y'} \{ f(x, y') : h(x, y') \le 0 \},
-    \quad H(x, y) \le 0, \quad x \in B.$$
+    $$\min_x F(x, y) \quad\text{subject to}\quad
+    y \in \arg\min_{y'} \{ f(x, y') : h(x, y') \le 0, \; h_=(x, y') = 0 \},
+    \quad H(x, y) \le 0, \quad H_=(x, y) = 0, \quad x \in B.$$
 
     The lower solution set may hold many points, and f need not be convex in y.
 
@@ -140,6 +144,8 @@ class BilevelProblem:
         lower: f, called as `lower(x, y, data)`; returns a scalar tensor.
         upper_constraint: H, called as `upper_constraint(x, y, data)`; returns a tensor, feasible where `<= 0`.
         lower_constraint: h, likewise.
+        upper_equality: $H_=$, called as `upper_equality(x, y, data)`; returns a tensor, feasible where `== 0`.
+        lower_equality: $h_=$, likewise.
         domain: Projects x onto B: a `Box`, or any callable from a tree like x to a tree like x.
         per_sample: If true, `lower` returns one loss a sample, shape (n,), and f is their mean.
             Solvers then form the difference f(x, y) - f(x, z) sample by sample, which keeps its
@@ -161,11 +167,13 @@ class BilevelProblem:
     lower: Objective
     upper_constraint: Objective | None = field(default=None, kw_only=True)
     lower_constraint: Objective | None = field(default=None, kw_only=True)
+    upper_equality: Objective | None = field(default=None, kw_only=True)
+    lower_equality: Objective | None = field(default=None, kw_only=True)
     domain: Projection | None = field(default=None, kw_only=True)
     per_sample: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        for name in ("upper", "lower", "upper_constraint", "lower_constraint", "domain"):
+        for name in ("upper", "lower", *CONSTRAINTS, "domain"):
             part = getattr(self, name)
             if not (callable(part) or (part is None and name not in ("upper", "lower"))):
                 raise TypeError(
@@ -208,8 +216,7 @@ def ravel(
     flat = BilevelProblem(
         over_vectors(problem.upper),
         over_vectors(problem.lower),
-        upper_constraint=over_vectors(problem.upper_constraint),
-        lower_constraint=over_vectors(problem.lower_constraint),
+        **{name: over_vectors(getattr(problem, name)) for name in CONSTRAINTS},
         domain=domain,
         per_sample=problem.per_sample,
     )

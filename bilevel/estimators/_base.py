@@ -15,7 +15,7 @@ from bilevel import _tree
 from bilevel._autodiff import unused_leaves
 from bilevel._errors import ObjectiveError
 from bilevel._oracle import Oracle
-from bilevel._problem import BilevelProblem, ravel, scalar, split_data
+from bilevel._problem import CONSTRAINTS, BilevelProblem, ravel, scalar, split_data
 from bilevel._solution import Evaluations, Status
 from bilevel._types import Tree
 
@@ -145,7 +145,7 @@ def hypergradient(
 
 def refuse_constraints(problem: BilevelProblem, name: str) -> None:
     """Raises where `problem` has constraints, which the caller called `name` would ignore."""
-    for kind in ("upper_constraint", "lower_constraint"):
+    for kind in CONSTRAINTS:
         if getattr(problem, kind) is not None:
             raise ValueError(
                 f"`{name}` takes a domain of x, and no `BilevelProblem({kind}=...)` in this version. Got one. "
