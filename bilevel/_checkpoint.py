@@ -144,6 +144,7 @@ def _serialize(state: State) -> memoryview:
         "memory": _plain(state.memory, "memory"),
         "evaluations": asdict(state.evaluations),
         "message": state.message,
+        "origin": state.origin,
     }
     buffer = io.BytesIO()
     torch.save(parts, buffer)

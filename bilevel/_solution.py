@@ -46,6 +46,11 @@ class Status(enum.Enum):
         """Whether the run ended without an answer to be trusted."""
         return self not in (Status.RUNNING, Status.CONVERGED, Status.MAX_STEPS, Status.STOPPED)
 
+    @property
+    def cure(self) -> str:
+        """What to change where a run ended like this; empty where it ended well."""
+        return _CURES.get(self, "")
+
     def error(self, message: str) -> BilevelError:
         """The error that a failure becomes under `throw=True`."""
         kinds: dict[Status, type[BilevelError]] = {
@@ -54,7 +59,19 @@ class Status(enum.Enum):
             Status.LOWER_UNBOUNDED: UnboundedError,
             Status.UPPER_UNBOUNDED: UnboundedError,
         }
-        return kinds.get(self, BilevelError)(message)
+        return kinds.get(self, BilevelError)(f"{message}. {self.cure}")
+
+
+_CURES = {
+    Status.MAX_STEPS: "Raise `max_steps`, or pass more batches.",
+    Status.STALLED: "Use float64, loosen `rtol`, or smooth the objectives.",
+    Status.NONFINITE: "Start elsewhere, or keep x where F and f are defined by a `domain`.",
+    Status.INFEASIBLE: "Raise `epsilon`, or start at a y that solves the lower problem better.",
+    Status.LOWER_UNBOUNDED: "Add a term to f that grows with |y|, or constrain y.",
+    Status.UPPER_UNBOUNDED: "Bound x by a `domain`, or add a term to F that grows with |x|.",
+    Status.LOWER_UNSOLVED: "Give the minimizer more steps, or use float64 and a smooth f.",
+    Status.LINEAR_UNSOLVED: "Use `linear.Dense()`, more steps, or `ASBLO()`, which needs no inverse.",
+}
 
 
 @dataclass(frozen=True)
@@ -101,6 +118,7 @@ class State:
         memory: What the solver carries to the next step: tensors and plain numbers, its own business.
         evaluations: Calls of the objectives since the start.
         message: Why the run ended, with the numbers; empty while it goes on.
+        origin: The solver that made it and its mode, by which `iterate` knows whether it can go on from here.
     """
 
     x: Tree
@@ -111,6 +129,7 @@ class State:
     memory: Mapping[str, Any] = field(default_factory=dict[str, Any])
     evaluations: Evaluations = field(default_factory=Evaluations)
     message: str = ""
+    origin: str = ""
 
 
 @dataclass(frozen=True)

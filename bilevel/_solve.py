@@ -5,20 +5,23 @@ from __future__ import annotations
 import itertools
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
+
+from torch import Tensor
 
 from bilevel import _tree
 from bilevel._certify import certify
 from bilevel._errors import BilevelWarning, StructureError, check_kind
 from bilevel._oracle import Oracle
-from bilevel._problem import BilevelProblem
+from bilevel._problem import Batch, BilevelProblem
 from bilevel._solution import Solution, State, Status
 from bilevel._types import Tree
 from bilevel.estimators import check_problem
 from bilevel.solvers import Solver
 
+_ONE_BATCH = (Batch, Tensor, str, Mapping)  # iterable, but over their own parts
 _WITHOUT_ANSWER = (
     Status.NONFINITE,
     Status.LOWER_UNBOUNDED,
@@ -81,10 +84,8 @@ def iterate(
         Solver,
         "Pass e.g. `ASBLO()`, or `HypergradientDescent(...)` with an estimator.",
     )
-    if batches is not None:
-        check_kind(
-            "iterate(batches=...)", batches, Iterable, "Pass the data of each step in a list."
-        )
+    _check_batches("iterate", batches)
+    origin = f"{type(solver).__name__} on {'the full batch' if batches is None else 'batches'}"
     if (state is None) == (x0 is None or y0 is None):
         raise StructureError(
             "`iterate` must be given either x0 and y0, or state. "
@@ -103,7 +104,34 @@ def iterate(
         x0, y0 = _tree.detach(x0), _tree.detach(y0)
         stream = itertools.chain([first], stream)
         state = solver.init(problem, x0, y0, first, full_batch=batches is None)
+        state = replace(state, origin=origin)
+        if state.status is Status.NONFINITE:
+            state = replace(state, message=f"{state.message}; {_blame(problem, x0, y0, first)}")
+    elif state.origin != origin:
+        raise StructureError(
+            "`iterate(state=...)` must go on in the way the state was made. "
+            f"Got a state of {state.origin or 'no run'} for {origin}. "
+            "Pass the same solver, with or without batches as before, or start anew from x0 and y0."
+        )
     return _states(problem, solver, state, stream)
+
+
+def _check_batches(name: str, batches: Any) -> None:
+    """Raises where `batches` is no stream of them: one batch would be iterated over its own parts."""
+    kind = type(batches).__name__
+    if isinstance(batches, _ONE_BATCH) or not (batches is None or isinstance(batches, Iterable)):
+        raise TypeError(
+            f"`{name}(batches=...)` must be an iterable of the data of each step. "
+            f"Got one {kind}. Pass a list or a generator, e.g. `[batch] * 100`."
+        )
+
+
+def _blame(problem: BilevelProblem, x: Tree, y: Tree, data: Any) -> str:
+    """Which of the variables and objectives is not finite at the start."""
+    oracle = Oracle(problem, data)
+    parts = {"x0": x, "y0": y, "F(x0, y0)": oracle.upper(x, y), "f(x0, y0)": oracle.lower(x, y)}
+    spoiled = [name for name, part in parts.items() if not _tree.is_finite(part)]
+    return f"not finite: {', '.join(spoiled) or 'a gradient'}"
 
 
 def _states(
@@ -115,7 +143,7 @@ def _states(
         yield state
         return
     for data in stream:
-        state = solver.step(problem, state, data)
+        state = replace(solver.step(problem, state, data), origin=state.origin)
         yield state
         if state.status is not Status.RUNNING:
             return
@@ -141,7 +169,7 @@ def solve(
         y0: Where the lower variable starts; not modified.
         batches: The data of each step; see `iterate`.
         max_steps: Upper steps at most, >= 1.
-        callback: Called with each state; a true answer stops the run.
+        callback: Called with each state, the last one too; a true answer stops the run.
         throw: Raise the error of a failed run instead of returning its solution. Reaching
             `max_steps` is no failure.
 
@@ -167,6 +195,7 @@ def solve(
         >>> solution.status.name, round(solution.x.item(), 4)  # 2 / 4.1
         ('CONVERGED', 0.4878)
     """
+    check_kind("solve(max_steps=...)", max_steps, int, "Pass a whole number, e.g. 500.")
     if max_steps < 1:
         raise ValueError(
             f"`solve(max_steps=...)` must be at least 1. Got max_steps={max_steps}. Raise it."
@@ -176,14 +205,16 @@ def solve(
             f"`solve(callback=...)` must be callable. Got {type(callback).__name__}. "
             "Pass a function of the state."
         )
+    _check_batches("solve", batches)
     data: list[Any] = [None]
     watched = None if batches is None else _watch(batches, data)
     started = time.perf_counter()
     state: State | None = None
     for state in iterate(problem, solver, x0, y0, watched):
+        asked = callback is not None and callback(state)
         if state.status is not Status.RUNNING:
             break
-        if callback is not None and callback(state):
+        if asked:
             state = replace(state, status=Status.STOPPED)
             break
         if state.step >= max_steps:

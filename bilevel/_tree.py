@@ -117,7 +117,7 @@ def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
     for leaf in parts:
         dtype = torch.promote_types(dtype, leaf.dtype)
     if parts[0] is tree and tree.dim() == 1 and tree.dtype == dtype:
-        return tree, lambda vector: vector
+        return tree, lambda vector: vector.to(dtype)
     shapes = [leaf.shape for leaf in parts]
     dtypes = [leaf.dtype for leaf in parts]
     sizes = [leaf.numel() for leaf in parts]

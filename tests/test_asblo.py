@@ -240,7 +240,7 @@ FAILURES = {
         lambda x, y: (
             (1.0 + x**2) * y**2
         ).sum(),  # y = 0 solves it everywhere: no slack without epsilon
-        {"epsilon": lambda k: 0.0, "theta": lambda k: 1e-3},
+        {"epsilon": lambda k: 0.0, "theta": lambda k: 1e-3 * 0.5**k},
         bl.Status.INFEASIBLE,
     ),
     "NaN": (lambda x, y: ((y - x) ** 2).sum() * math.nan, {}, bl.Status.NONFINITE),

@@ -260,6 +260,53 @@ MISTAKES: dict[str, tuple[Callable[[], object], type[Exception], list[str]]] = {
         bl.StructureError,
         ["`x0` must hold at least one number", "(0,)", "Pass"],
     ),
+    "one batch for a stream of them": (
+        lambda: bl.solve(GOOD, bl.ASBLO(), X, Y, bl.Batch(1, 2), max_steps=1),
+        TypeError,
+        ["`solve(batches=...)` must be an iterable", "Got one Batch", "Pass a list"],
+    ),
+    "a tensor for a stream of batches": (
+        lambda: bl.solve(GOOD, bl.ASBLO(), X, Y, torch.zeros(3), max_steps=1),
+        TypeError,
+        ["`solve(batches=...)` must be an iterable", "Got one Tensor", "Pass a list"],
+    ),
+    "a state of no run": (
+        lambda: bl.iterate(GOOD, bl.ASBLO(), state=bl.State(X, Y)),
+        bl.StructureError,
+        ["must go on in the way the state was made", "Got a state of no run", "start anew"],
+    ),
+    "a full-batch state on batches": (
+        lambda: bl.iterate(
+            GOOD, bl.ASBLO(), batches=[None], state=next(bl.iterate(GOOD, bl.ASBLO(), X, Y))
+        ),
+        bl.StructureError,
+        ["Got a state of ASBLO on the full batch for ASBLO on batches", "Pass the same solver"],
+    ),
+    "half a step": (
+        lambda: bl.solve(GOOD, bl.ASBLO(), X, Y, max_steps=1.5),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        ["`solve(max_steps=...)` must be an instance of `int`", "Got float", "whole number"],
+    ),
+    "a domain that is no projection": (
+        solve(domain=lambda x: x + 1.0),
+        bl.ObjectiveError,
+        ["`BilevelProblem(domain=...)` must project x", "moves on", "nearest point"],
+    ),
+    "a domain that gives NaN": (
+        solve(domain=lambda x: x / 0.0),
+        bl.ObjectiveError,
+        ["`BilevelProblem(domain=...)` must project x", "NaN", "nearest point"],
+    ),
+    "a schedule that does not fall": (
+        lambda: bl.solve(GOOD, bl.ASBLO(mu=bl.schedules.constant(0.1)), X, Y, max_steps=1),
+        ValueError,
+        ["`ASBLO(mu=...)` must fall to zero", "Got 0.1 at stage 0", "schedules.geometric"],
+    ),
+    "a start that is not finite": (
+        solve(x0=X + torch.nan),
+        bl.BilevelError,
+        ["not finite: x0", "Start elsewhere"],
+    ),
     "file that is no checkpoint": (
         lambda: bl.load_state(__file__),
         bl.CheckpointError,

@@ -323,6 +323,22 @@ def test_torch_minimizes_a_lower_problem_and_says_how_it_ended() -> None:
     assert wild.status is Status.NONFINITE
 
 
+def test_torch_shortens_a_step_out_of_the_domain() -> None:
+    smooth = Smooth(lambda y: torch.where(y < 1.0, -5.0 * y - torch.log(1.0 - y), torch.inf).sum())
+    start = smooth.evaluate(torch.full((1,), -3.0).double())
+    found = Torch(torch.optim.SGD, lr=2.0, max_steps=1).minimize(smooth, start)
+    assert found.point.value < start.value
+    assert -3.0 < float(found.point.y) < 1.0
+
+
+def test_fused_torch_optimizer_takes_gradients_of_any_layout() -> None:
+    adam, fused = Torch(torch.optim.AdamW, lr=0.1), Torch(torch.optim.AdamW, lr=0.1, fused=True)
+    x, grad = [torch.zeros(2, 3)], [torch.arange(6.0).reshape(3, 2).T]
+    expected, _ = adam.step(x, grad, adam.init(x))
+    got, _ = fused.step(x, grad, fused.init(x))
+    torch.testing.assert_close(got, expected)
+
+
 def replace_max_steps(adapter: Torch, steps: int) -> Torch:
     return Torch(adapter.optimizer, lr=adapter.lr, max_steps=steps, **adapter.options)
 

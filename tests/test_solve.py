@@ -75,6 +75,14 @@ def test_callback_stops_the_run() -> None:
     assert steps == [1, 2]
 
 
+def test_callback_sees_the_last_state_too() -> None:
+    seen = list[bl.Status]()
+    bl.solve(
+        PROBLEM, bl.ASBLO(), X, Y, max_steps=100, callback=lambda state: seen.append(state.status)
+    )
+    assert seen[-1] is bl.Status.CONVERGED
+
+
 def test_error_of_a_callback_is_the_users_own() -> None:
     with pytest.raises(KeyError):
         bl.solve(PROBLEM, bl.ASBLO(), X, Y, max_steps=5, callback=lambda state: {}["missing"])

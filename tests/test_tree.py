@@ -87,6 +87,11 @@ def test_ravel_of_several_dtypes_meets_in_the_widest_and_returns() -> None:
     }
 
 
+def test_vector_comes_back_in_its_own_dtype() -> None:
+    _, unravel = _tree.ravel(torch.zeros(2))
+    assert unravel(torch.ones(2).double()).dtype == torch.float32
+
+
 def test_ravel_keeps_the_graph() -> None:
     tree = {"a": torch.ones(2, requires_grad=True), "b": torch.ones(1, requires_grad=True)}
     vector, _ = _tree.ravel(tree)

@@ -15,7 +15,7 @@ from bilevel import _tree
 from bilevel._autodiff import unused_leaves
 from bilevel._errors import ObjectiveError
 from bilevel._oracle import Oracle
-from bilevel._problem import CONSTRAINTS, BilevelProblem, ravel, scalar, split_data
+from bilevel._problem import CONSTRAINTS, BilevelProblem, projected_by, ravel, scalar, split_data
 from bilevel._solution import Evaluations, Status
 from bilevel._types import Tree
 
@@ -163,6 +163,7 @@ def check_problem(problem: BilevelProblem, x: Tree, y: Tree, data: Any) -> None:
     """
     _tree.check_variable(x, "x0")
     _tree.check_variable(y, "y0")
+    _check_domain(problem, x)
     parts = split_data(data)
 
     def upper(u: Tree, v: Tree) -> Tensor:
@@ -198,6 +199,23 @@ def check_problem(problem: BilevelProblem, x: Tree, y: Tree, data: Any) -> None:
         raise ObjectiveError(
             "`BilevelProblem(upper=...)` must depend on y. Got no dependence on any leaf of y0. "
             "Without it the problem has one level: minimize `upper` over x with any optimizer."
+        )
+
+
+def _check_domain(problem: BilevelProblem, x: Tree) -> None:
+    """Raises where the domain is no projection: what it returns is not finite, or not left alone."""
+    once = projected_by(problem.domain, _tree.detach(x))
+    again = projected_by(problem.domain, once)
+    rule = "`BilevelProblem(domain=...)` must project x onto a set: its image must be finite and stay where it is."
+    if _tree.is_finite(x) and not _tree.is_finite(once):
+        raise ObjectiveError(
+            f"{rule} Got NaN or infinity at x0. Return the nearest point of the set."
+        )
+    moved = _tree.length(_tree.axpy(-1.0, once, again))
+    eps = max(torch.finfo(leaf.dtype).eps for leaf in _tree.leaves(once))
+    if moved > math.sqrt(eps) * (1.0 + _tree.length(once)):
+        raise ObjectiveError(
+            f"{rule} Got an image that the domain moves on by {moved:.3g}. Return the nearest point of the set."
         )
 
 

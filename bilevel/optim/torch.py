@@ -15,6 +15,8 @@ from bilevel._solution import Status
 from bilevel._types import Schedule
 from bilevel.optim._base import Minimizer, Minimum, Point, SmoothFunction
 
+_HALVINGS = 40  # 2^-40 of a step is no step
+
 
 @dataclass(frozen=True, init=False)
 class Torch(Minimizer):
@@ -106,7 +108,10 @@ class Torch(Minimizer):
             grads = [grad * shortened for grad in grads]
         optimizer = self.optimizer(new, lr=self.rate(memory["count"]), **self.options)
         for leaf, grad, slot in zip(new, grads, memory["slots"], strict=True):
-            leaf.grad = grad
+            # Fused optimizers take the entries in memory order, which must be the variable's.
+            leaf.grad = (
+                grad if grad.stride() == leaf.stride() else torch.empty_like(leaf).copy_(grad)
+            )
             if slot:
                 optimizer.state[leaf] = {
                     k: v.clone() if isinstance(v, Tensor) else v for k, v in slot.items()
@@ -139,4 +144,10 @@ class Torch(Minimizer):
             if count == self.max_steps:
                 return Minimum(point, residual, Status.MAX_STEPS, count)
             (y,), memory = self.step([point.y], [point.grad], memory)
-            point, count = fun.evaluate(y), count + 1
+            new = fun.evaluate(y)
+            for _ in range(_HALVINGS):  # a step out of the function's domain is shortened
+                if new.value != math.inf:
+                    break
+                y = 0.5 * (point.y + y)
+                new = fun.evaluate(y)
+            point, count = new, count + 1

@@ -194,7 +194,7 @@ def _close_stage(
     if is_accurate or is_last:
         if is_sharp:
             reason = "the slack reached the rounding error of f"
-            reason = f"estimated error of x {error:.2g}" if is_accurate else reason
+            reason = f"estimated error of x {error / size:.2g} of |x|" if is_accurate else reason
             return _verdict(estimate, f"{reason}, after {k + 1} stages")
         floor = _ROUNDING * eps * size
         memory["target"] = max(_SHARP * min(error, size), _SHARP * sequence.rtol * size, floor)
@@ -214,7 +214,8 @@ def _extrapolation(sequence: Sequence, k: int, before: float, now: float) -> flo
     if not before < now:
         return 0.0
     following = now * math.sqrt(sequence.epsilon(k) / sequence.epsilon(k + 1))
-    return min(1.0, (1.0 / now - 1.0 / following) / (1.0 / before - 1.0 / now))
+    gained = 1.0 / before - 1.0 / now
+    return min(1.0, (1.0 / now - 1.0 / following) / gained) if gained > 0.0 else 0.0
 
 
 def _verdict(estimate: Estimate, message: str) -> tuple[Status, str]:

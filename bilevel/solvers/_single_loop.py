@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -82,8 +82,8 @@ class _Numbers(NamedTuple):
     rate_z: float
 
 
-def _numbers(loop: SingleLoop, k: int, units: Sequence[float]) -> _Numbers:
-    lower, upper, square = units
+def _numbers(loop: SingleLoop, k: int, memory: Mapping[str, Any]) -> _Numbers:
+    (lower, upper, square), optimizers = memory["units"], memory["optimizers"]
     return _Numbers(
         mu=loop.mu(k) * lower / square,
         theta=None if loop.theta is None else loop.theta(k) * upper / square,
@@ -91,8 +91,8 @@ def _numbers(loop: SingleLoop, k: int, units: Sequence[float]) -> _Numbers:
         epsilon=loop.epsilon(k) * lower,
         barrier=loop.barrier(lower),
         max_multiplier=loop.max_multiplier * upper / lower,
-        rate_y=loop.lower_optimizer.rate(k),
-        rate_z=loop.value_optimizer.rate(k),
+        rate_y=loop.lower_optimizer.rate(optimizers["y"]["count"]),
+        rate_z=loop.value_optimizer.rate(optimizers["z"]["count"]),
     )
 
 
@@ -103,7 +103,7 @@ def step(loop: SingleLoop, problem: BilevelProblem, state: State, data: Any) -> 
     f(x, y) and f(x, z) see the same batch, so that its noise cancels in their difference.
     """
     k = state.step
-    numbers = _numbers(loop, k, state.memory["units"])
+    numbers = _numbers(loop, k, state.memory)
     sign = -1.0 if loop.pessimistic else 1.0
     oracle = Oracle(problem, data)
     optimizers = dict(state.memory["optimizers"])

@@ -36,6 +36,7 @@ _SINGLE_LOOP = {
     "sigma": polynomial(1.0, 1.0, scale=100.0),
     "epsilon": polynomial(1.0, 2.0, scale=100.0),
 }
+_LATE_STAGE = 10  # by which a schedule of the full batch must have fallen
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class ASBLO(Solver):
         max_multiplier: Mini-batches: largest $\lambda$, in units of F over f, > 0.
 
     Raises:
-        ValueError: A parameter is out of its range.
+        ValueError: A parameter is out of its range, or a schedule of the full batch does not fall.
         TypeError: A schedule or a part is of the wrong kind.
 
     Example:
@@ -171,6 +172,7 @@ class ASBLO(Solver):
         """See `Solver.init`."""
         refuse_constraints(problem, "ASBLO")
         if full_batch:
+            self._check_schedules_fall()
             return _sequential.init(self._sequence(), problem, x0, y0)
         return _single_loop.init(self._single_loop(), problem, x0, y0, data)
 
@@ -203,6 +205,17 @@ class ASBLO(Solver):
             pessimistic=self.pessimistic,
             minimizer=self.minimizer,
         )
+
+    def _check_schedules_fall(self) -> None:
+        """Raises where the limit of the sequence would not be the problem: a bias that stays."""
+        for name in ("mu", "theta", "sigma", "epsilon"):
+            schedule = getattr(self, name)
+            if schedule is not None and schedule(_LATE_STAGE) >= schedule(0) != 0.0:
+                raise ValueError(
+                    f"`ASBLO({name}=...)` must fall to zero on the full batch. Got {schedule(0):.3g} at stage 0 "
+                    f"and {schedule(_LATE_STAGE):.3g} at stage {_LATE_STAGE}. Use e.g. "
+                    "`bilevel.schedules.geometric`, or `HypergradientDescent(ValueFunction(...))` for fixed parameters."
+                )
 
     def _barrier(self, lower: float) -> Barrier:
         return log_rational(self.kappa * lower)

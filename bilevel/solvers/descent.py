@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from bilevel import _tree
-from bilevel._errors import check_kind
+from bilevel._errors import BilevelWarning, check_kind
 from bilevel._problem import BilevelProblem, projected_by, ravel
 from bilevel._solution import Evaluations, State, Status
 from bilevel._types import Tree
@@ -97,6 +98,12 @@ class HypergradientDescent(Solver):
         estimate = self.estimator.estimate(flat, x, y, data, state.memory["warm"])
         if _is_fatal(estimate):
             return _ended(state, estimate)
+        if estimate.status.is_failure:
+            warnings.warn(
+                f"The hypergradient is not to be trusted: {estimate.status.value}. {estimate.status.cure}",
+                BilevelWarning,
+                stacklevel=2,
+            )
         grad = _tree.leaves(unravel_x(estimate.grad))
         moved, memory = optimizer.step(_tree.leaves(state.x), grad, state.memory["optimizer"])
         x_new = _tree.unflatten_like(state.x, moved)

@@ -122,7 +122,7 @@ def check_hypergradient_estimator(
     nested = hypergradient(_contract.over_halves(case.problem), *trees, estimator)
     _tree.check_like(nested.grad, trees[0], "Estimate.grad")
     _agrees(name, "over nested trees ", _contract.whole(nested.grad), exact, rtol)
-    single = hypergradient(_contract.in_float32(case.problem), x.float(), y.float(), estimator)
+    single = estimator.estimate(_contract.in_float32(case.problem), x.float(), y.float())
     _tree.check_like(single.grad, x.float(), "Estimate.grad")
     _agrees(name, "in float32 ", single.grad.double(), exact, max(1e-2, rtol))
     for level in ("upper", "lower"):

@@ -98,6 +98,8 @@ class Run:
         stepping = 0.0
         began = time.perf_counter()
         for state in states:
+            if state.step % LOG_EVERY == 0:
+                _wait(self.device)
             stepping += time.perf_counter() - began
             if state.status.is_failure:
                 raise state.status.error(f"{self.name}: {state.message}")
@@ -148,6 +150,12 @@ class _Clock:
     def done(self, step: int) -> float:
         share = step / self.steps if self.steps else self.seconds() / self.limit
         return min(1.0, share)
+
+
+def _wait(device: torch.device):
+    """Until an accelerator has done what it was given, so that the clock shows its work."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def _copy(state: bl.State) -> bl.State:

@@ -16,7 +16,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -70,7 +70,7 @@ class Arguments:
             of the `cpu` preset, learns from it; the rest is D_tr, for the upsamplers.
         compare: train the same network by single-level AdamW too, as long as ASBLO took.
         device: `cpu`, `cuda`, ...; the fastest there is, by default.
-        amp: compute in bfloat16; by default where the processor has units for it.
+        amp: compute in bfloat16 where the device has units for it.
         compile: compile the network; the start takes minutes longer, so for long runs.
         threads: of the CPU. Two runs are equal only at equal threads. One by default: the `cpu`
             preset's tensors are small, and a second thread gains a fifth on an idle machine but
@@ -95,7 +95,7 @@ class Arguments:
     val_share: float = 2 / 3
     compare: bool = False
     device: str | None = None
-    amp: bool = field(default_factory=lambda: fast_bfloat16(pick_device(None)))
+    amp: bool = True
     compile: bool = False
     threads: int = 1
     seed: int = 0
@@ -124,7 +124,7 @@ def settle(a: Arguments) -> Arguments:
         raise ValueError(
             f"`--val-share` must be above 0 and below 1. Got {a.val_share}. Use e.g. 0.67."
         )
-    return a
+    return replace(a, amp=a.amp and fast_bfloat16(pick_device(a.device)))
 
 
 def start_anew(a: Arguments):
