@@ -83,6 +83,54 @@ def unused_leaves(fun: Function, *trees: Tree) -> list[list[int]]:
     return [[i for i in range(len(group)) if next(missing)] for group in parts]
 
 
+def differentiable_grad(output: Tensor, wrt: Tensor) -> Tensor:
+    """The gradient of the scalar `output` in the tracked `wrt`, with its own graph."""
+    if not output.requires_grad:
+        return torch.zeros_like(wrt)
+    (grad,) = torch.autograd.grad(
+        output, (wrt,), create_graph=True, allow_unused=True, materialize_grads=True
+    )
+    return grad
+
+
+class LinearizedMap:
+    """A vector-valued function at a point, differentiated when that is asked for.
+
+    Attributes:
+        value: `fun(*vectors)`, shape (k,).
+    """
+
+    def __init__(self, fun: Function, *vectors: Tensor) -> None:
+        with torch.enable_grad():
+            self._tracked, _ = _variables(vectors)
+            self._output = fun(*self._tracked)
+        self.value = self._output.detach()
+
+    def jacobian(self) -> Tensor:
+        """The derivative in all of the vectors, side by side, shape (k, n)."""
+        count, width = self._output.numel(), sum(v.numel() for v in self._tracked)
+        if not self._output.requires_grad or count == 0:
+            return self.value.new_zeros((count, width))
+        identity = torch.eye(count, dtype=self.value.dtype, device=self.value.device)
+        options: Any = {
+            "retain_graph": True,
+            "allow_unused": True,
+            "materialize_grads": True,
+        }
+        vectors = [v for v in self._tracked if v.numel()]
+        try:
+            blocks = torch.autograd.grad(
+                self._output, vectors, identity, is_grads_batched=True, **options
+            )
+        except RuntimeError:  # an operator without a batching rule: one row at a time
+            rows = [torch.autograd.grad(self._output, vectors, row, **options) for row in identity]
+            blocks = [torch.stack(column) for column in zip(*rows, strict=True)]
+        # torch answers with one row of zeros for all where the output does not depend on a vector
+        return torch.cat(
+            [block.reshape(-1, block.shape[-1]).expand(count, -1) for block in blocks], 1
+        )
+
+
 class LinearizedGradient:
     """The gradient of `fun(x, y)` in y at a point, ready for any number of products.
 

@@ -182,8 +182,15 @@ MISTAKES: dict[str, tuple[Callable[[], object], type[Exception], list[str]]] = {
         ValueError,
         ["must be a `Torch` where batches are given", "Got QuasiNewton", "Use"],
     ),
-    "a constraint that ASBLO does not take": (
-        solve(lower_constraint=lambda x, y, d: y - 1.0),
+    "a constraint on batches": (
+        lambda: bl.solve(
+            bl.BilevelProblem(upper, lower, lower_constraint=lambda x, y, d: y - 1.0),
+            bl.ASBLO(),
+            X,
+            Y,
+            [None],
+            max_steps=1,
+        ),
         ValueError,
         ["no `BilevelProblem(lower_constraint=...)`", "Got one", "Put"],
     ),

@@ -20,7 +20,7 @@ from bilevel.optim.newton import Newton
 from bilevel.optim.quasi_newton import QuasiNewton
 from bilevel.optim.torch import Torch
 from bilevel.schedules import geometric, polynomial
-from bilevel.solvers import _sequential, _single_loop
+from bilevel.solvers import _full_batch, _sequential, _single_loop
 from bilevel.solvers._base import Solver
 
 # epsilon_k ~ sigma_k^2 balances the stages: lambda ~ sigma / epsilon grows as 1 / sigma does. The first
@@ -170,16 +170,16 @@ class ASBLO(Solver):
         self, problem: BilevelProblem, x0: Tree, y0: Tree, data: Any, *, full_batch: bool
     ) -> State:
         """See `Solver.init`."""
-        refuse_constraints(problem, "ASBLO")
         if full_batch:
             self._check_schedules_fall()
-            return _sequential.init(self._sequence(), problem, x0, y0)
+            return _full_batch.init(self._sequence(), problem, x0, y0)
+        refuse_constraints(problem, "ASBLO on batches")
         return _single_loop.init(self._single_loop(), problem, x0, y0, data)
 
     def step(self, problem: BilevelProblem, state: State, data: Any) -> State:
         """See `Solver.step`."""
-        if "stage" in state.memory:
-            return _sequential.step(self._sequence(), problem, state)
+        if "path" in state.memory:
+            return _full_batch.step(self._sequence(), problem, state)
         return _single_loop.step(self._single_loop(), problem, state, data)
 
     def stage(

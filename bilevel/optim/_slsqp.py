@@ -1,0 +1,130 @@
+"""SciPy's SLSQP on functions of torch vectors: small problems with constraints, to high accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel import _autodiff
+
+_HUGE = 1e30  # what SLSQP is told instead of infinity, of which it makes NaN
+_FAR = 1e8  # growth at which its answer is no longer one
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Where SLSQP ended.
+
+    Attributes:
+        vectors: The variables.
+        value: The objective there.
+        ran_away: Whether they are not finite or grew without bound; then they are those of the start.
+        values: Evaluations of the functions.
+        jacobians: Evaluations of their derivatives.
+    """
+
+    vectors: list[Tensor]
+    value: float
+    ran_away: bool
+    values: int
+    jacobians: int
+
+
+def minimize(
+    outputs: Callable[..., Tensor],
+    start: Sequence[Tensor],
+    equalities: int,
+    *,
+    slack: Tensor | None = None,
+    bounds: Sequence[tuple[float | None, float | None]] | None = None,
+    max_steps: int = 100,
+    ftol: float = 1e-10,
+) -> Answer:
+    """Minimize `outputs(*vectors)[0]`.
+
+    Args:
+        outputs: Returns the objective, then the `equalities`, which are to be zero, then the inequalities, which
+            are to be at least zero: a vector.
+        start: Where to start: vectors.
+        equalities: Number of equalities.
+        slack: Added to the inequalities.
+        bounds: Of each entry of the vectors, the lower and the upper one.
+        max_steps: Steps at most.
+        ftol: Accuracy of the objective, in its own unit.
+    """
+    import scipy.optimize  # pyright: ignore[reportMissingTypeStubs]
+
+    optimize: Any = scipy.optimize
+    program = _Program(outputs, start)
+    equal, over = slice(1, 1 + equalities), slice(1 + equalities, None)
+    first = program.joined(start)
+    raised: Any = 0.0 if slack is None else slack.double().numpy()
+    rest = len(program.values(first)) - 1 - equalities
+    constraints: list[Any] = []
+    if equalities:
+        constraints.append({"type": "eq", **program.rows(equal)})
+    if rest:
+        constraints.append({"type": "ineq", **program.rows(over, raised)})
+    objective = program.rows(0)
+    found = optimize.minimize(
+        objective["fun"],
+        first,
+        jac=objective["jac"],
+        method="SLSQP",
+        bounds=bounds,
+        constraints=constraints,
+        options={"maxiter": max_steps, "ftol": ftol},
+    )
+    far = not abs(found.x).max() <= _FAR * (1.0 + abs(first).max())  # also where it is NaN
+    vectors = list(start) if far else program.split(found.x)
+    return Answer(vectors, float(found.fun), far, program.value_count, program.slope_count)
+
+
+class _Program:
+    """The outputs at the last point that SLSQP asked for, and how many points there were."""
+
+    def __init__(self, outputs: Callable[..., Tensor], like: Sequence[Tensor]) -> None:
+        self._outputs, self._like = outputs, like
+        self._key = b""
+        self._map: Any = None
+        self._slopes: Any = None
+        self.value_count = self.slope_count = 0
+
+    def joined(self, vectors: Sequence[Tensor]) -> Any:
+        return torch.cat(list(vectors)).double().cpu().numpy()
+
+    def split(self, w: Any) -> list[Tensor]:
+        whole = torch.as_tensor(w).to(self._like[0])
+        return list(torch.split(whole, [part.numel() for part in self._like]))
+
+    def _at(self, w: Any) -> None:
+        if w.tobytes() != self._key:
+            self._key, self._slopes = w.tobytes(), None
+            self._map = _autodiff.LinearizedMap(self._outputs, *self.split(w))
+            self.value_count += 1
+
+    def values(self, w: Any) -> Any:
+        self._at(w)
+        return self._map.value.double().cpu().numpy().clip(-_HUGE, _HUGE)
+
+    def rows(self, rows: Any, plus: Any = 0.0) -> dict[str, Callable[[Any], Any]]:
+        """Some of the outputs, and their derivatives, as SLSQP wants them."""
+
+        def fun(w: Any) -> Any:
+            return self.values(w)[rows] + plus
+
+        def jac(w: Any) -> Any:
+            return self.slopes(w)[rows]
+
+        return {"fun": fun, "jac": jac}
+
+    def slopes(self, w: Any) -> Any:
+        self._at(w)
+        if self._slopes is None:
+            self._slopes = self._map.jacobian().double().cpu().numpy()
+            self.slope_count += 1
+        return self._slopes

@@ -1,0 +1,92 @@
+r"""Constraints as barriers in the objectives, so that a solver of unconstrained problems takes them.
+
+$\tilde f = f + \sum_j R(h_j)$ and $\tilde F = F + \sum_j R(h_j) + \sum_i R(H_i)$, where R is the barrier P_sigma
+continued by a parabola, so that a start outside is pushed in; an equality has a parabola alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bilevel import _autodiff, _tree
+from bilevel._oracle import Oracle
+from bilevel._problem import CONSTRAINTS, BilevelProblem
+from bilevel._types import Objective
+from bilevel.barriers import log_rational, relaxed
+
+_SIGMA = (0.1, 0.2)  # weight of the barrier in the first stage, and its ratio from stage to stage
+_DELTA = (0.1, 0.2 / 3.0)  # where the parabola begins: its push, sigma / delta, grows threefold
+
+
+class Units(NamedTuple):
+    """What F, f and each constraint are measured in: their change over the reach of x and y.
+
+    Attributes:
+        upper: Unit of F.
+        lower: Unit of f.
+        constraints: Units of the constraints by name, each of shape (k,).
+    """
+
+    upper: float
+    lower: float
+    constraints: Mapping[str, Tensor]
+
+
+def _flat(fun: Objective, x: Tensor, y: Tensor) -> Tensor:
+    return fun(x, y, None).reshape(-1)
+
+
+def measure(oracle: Oracle, x: Tensor, y: Tensor) -> Units:
+    """The units at a point of the problem over vectors."""
+    reach = math.sqrt(1.0 + float(x @ x) + float(y @ y))
+    sizes: dict[str, Tensor] = {}
+    for name in CONSTRAINTS:
+        fun = getattr(oracle.problem, name)
+        if fun is not None:
+            at = _autodiff.LinearizedMap(partial(_flat, fun), x, y)
+            slopes: Any = (at.jacobian() ** 2).sum(1)
+            size = torch.maximum(at.value.abs(), reach * slopes.sqrt())
+            sizes[name] = torch.where(size > 0.0, size, torch.ones_like(size))
+    slopes = [
+        math.hypot(*map(_tree.length, at[1:]))
+        for at in (oracle.upper_grad(x, y), oracle.lower_grad(x, y))
+    ]
+    upper, lower = (reach * slope if 0.0 < slope < math.inf else 1.0 for slope in slopes)
+    return Units(upper, lower, sizes)
+
+
+def walled(problem: BilevelProblem, units: Units, stage: int) -> BilevelProblem:
+    """The problem without constraints: the barriers of a stage stand for them."""
+    if not units.constraints:
+        return problem
+    sigma, delta = (first * ratio**stage for first, ratio in (_SIGMA, _DELTA))
+    barrier = relaxed(log_rational(), delta)
+
+    def cost(name: str, x: Tensor, y: Tensor, data: Any) -> Tensor | float:
+        fun = getattr(problem, name)
+        if fun is None:
+            return 0.0
+        value = fun(x, y, data).reshape(-1) / units.constraints[name]
+        if name.endswith("equality"):
+            return (value**2).sum() / (2.0 * sigma)
+        return barrier.value(value, sigma).sum()
+
+    def upper(x: Tensor, y: Tensor, data: Any) -> Tensor:
+        costs = [cost(name, x, y, data) for name in CONSTRAINTS]
+        return problem.upper(x, y, data) + units.upper * sum(costs)
+
+    def lower(x: Tensor, y: Tensor, data: Any) -> Tensor:
+        value = problem.lower(x, y, data)
+        costs = [cost(name, x, y, data) for name in ("lower_constraint", "lower_equality")]
+        return (value.mean() if problem.per_sample else value) + units.lower * sum(costs)
+
+    return replace(
+        problem, upper=upper, lower=lower, per_sample=False, **dict.fromkeys(CONSTRAINTS)
+    )
