@@ -83,6 +83,18 @@ def unused_leaves(fun: Function, *trees: Tree) -> list[list[int]]:
     return [[i for i in range(len(group)) if next(missing)] for group in parts]
 
 
+def jacobian(fun: Function, *vectors: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The vector `fun(*vectors)`, shape (k,), and its derivative in each of the vectors, shapes (k, n)."""
+    with torch.enable_grad():
+        tracked, _ = _variables(vectors)
+        output = fun(*tracked)
+    count = output.numel()
+    if not output.requires_grad or count == 0:
+        return output.detach(), [v.new_zeros((count, v.numel())) for v in vectors]
+    rows = [_grad(output[i], tracked, retain_graph=True) for i in range(count)]
+    return output.detach(), [torch.stack(column) for column in zip(*rows, strict=True)]
+
+
 class LinearizedGradient:
     """The gradient of `fun(x, y)` in y at a point, ready for any number of products.
 

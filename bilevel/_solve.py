@@ -16,7 +16,7 @@ from bilevel._certify import certify
 from bilevel._errors import BilevelWarning, StructureError, check_kind
 from bilevel._oracle import Oracle
 from bilevel._problem import Batch, BilevelProblem
-from bilevel._solution import Solution, State, Status
+from bilevel._solution import Certificate, Solution, State, Status
 from bilevel._types import Tree
 from bilevel.estimators import check_problem
 from bilevel.solvers import Solver
@@ -177,7 +177,8 @@ def solve(
         The solution, with a certificate where no batches were given.
 
     Warns:
-        BilevelWarning: The certificate found a deeper basin of the lower problem than that of y.
+        BilevelWarning: The solver says CONVERGED and the certificate found something wrong, or it found a deeper
+            basin of the lower problem than that of y.
 
     Raises:
         ValueError: `max_steps` is below 1.
@@ -233,14 +234,10 @@ def solve(
     seconds = time.perf_counter() - started
     certificate = None
     if batches is None and state.status not in _WITHOUT_ANSWER:
-        certificate = certify(problem, state.x, state.y)
-        if certificate.deeper_basin > 0.0:
-            message = (
-                f"y solves the lower problem locally at best: from another start f falls lower by "
-                f"{certificate.deeper_basin:.3g}. Start at another y0, or convexify f."
-            )
-            warnings.warn(message, BilevelWarning, stacklevel=2)
-            state = replace(state, message="; ".join(filter(None, (state.message, message))))
+        pessimistic = bool(getattr(solver, "pessimistic", False))
+        certificate = certify(problem, state.x, state.y, pessimistic=pessimistic)
+        if state.status is Status.CONVERGED or certificate.deeper_basin > 0.0:
+            state = _disagreement(state, certificate)
     return Solution(
         x=state.x,
         y=state.y,
@@ -254,6 +251,15 @@ def solve(
         state=state,
         message=state.message,
     )
+
+
+def _disagreement(state: State, certificate: Certificate) -> State:
+    """The state, its message with what the certificate found; warns where that is something."""
+    if certificate.is_trusted:
+        return state
+    message = f"the certificate disagrees: {'; '.join(certificate.problems)}"
+    warnings.warn(message, BilevelWarning, stacklevel=3)
+    return replace(state, message="; ".join(filter(None, (state.message, message))))
 
 
 def _watch(batches: Iterable[Any], last: list[Any]) -> Iterator[Any]:
