@@ -19,7 +19,15 @@ from bilevel._solution import Certificate, Evaluations, Solution, State, Status
 from bilevel._solve import iterate, solve
 from bilevel._types import Schedule
 from bilevel.diagnostics import Report, check_hypergradient
-from bilevel.estimators import Estimate, Estimator, Implicit, Unrolled, ValueFunction, hypergradient
+from bilevel.estimators import (
+    Estimate,
+    Estimator,
+    Implicit,
+    ImplicitKKT,
+    Unrolled,
+    ValueFunction,
+    hypergradient,
+)
 from bilevel.solvers import ASBLO, HypergradientDescent, Solver
 
 __all__ = [
@@ -36,6 +44,7 @@ __all__ = [
     "Evaluations",
     "HypergradientDescent",
     "Implicit",
+    "ImplicitKKT",
     "InfeasibleError",
     "NonFiniteError",
     "ObjectiveError",

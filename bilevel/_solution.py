@@ -39,6 +39,10 @@ class Status(enum.Enum):
     )
     UPPER_UNBOUNDED = "the upper value decreases without bound in x, so the problem has no solution"
     LOWER_UNSOLVED = "the lower problem was not solved to its tolerance, so the hypergradient is not to be trusted"
+    WEAKLY_ACTIVE = (
+        "a lower constraint is active with a multiplier of zero, so y*(x) has a kink and the hypergradient "
+        "holds on one side only"
+    )
     LINEAR_UNSOLVED = "the linear system of the lower Hessian was not solved: singular, indefinite, or too few steps"
 
     @property
@@ -70,6 +74,7 @@ _CURES = {
     Status.LOWER_UNBOUNDED: "Add a term to f that grows with |y|, or constrain y.",
     Status.UPPER_UNBOUNDED: "Bound x by a `domain`, or add a term to F that grows with |x|.",
     Status.LOWER_UNSOLVED: "Give the minimizer more steps, or use float64 and a smooth f.",
+    Status.WEAKLY_ACTIVE: "Move x off the kink, or judge the answer by `certify`, which tests both sides.",
     Status.LINEAR_UNSOLVED: "Use `linear.Dense()`, more steps, or `ASBLO()`, which needs no inverse.",
 }
 

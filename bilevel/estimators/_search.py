@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel import _tree
-from bilevel._oracle import Oracle
+from bilevel._oracle import CountedGradient, Oracle
 from bilevel._solution import Status
 from bilevel.estimators._gap import RegularizedLower
 from bilevel.estimators._kkt import ConstrainedLower, KKTPoint
@@ -19,7 +19,15 @@ from bilevel.optim._base import Minimum, Point, SmoothFunction
 
 _RADII = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # of the random starts, in units of y
 _SMALL, _MEDIUM = 300, 3000  # sizes of y up to which all starts, or few, can be afforded
-_TO_UPPER = 8  # Newton steps towards the minimum of F, before f is minimized from there
+_PATH = (
+    0.0,
+    0.3,
+    1.0,
+    3.0,
+    10.0,
+)  # weights of f against F on the way from the minimum of F to one of f
+_FAR = 100.0  # growth of y at which the path from there is given up
+_TO_UPPER = 8  # Newton steps for each
 _SAME = 1e-8  # of the heights of the starts: minima nearer to each other count as one
 
 
@@ -149,9 +157,14 @@ def search(oracle: Oracle, x: Tensor, y: Tensor, data: Any, size: float, sign: f
         tuple(found),
         1 + len(starts),
         height,
-        max([rise for rise in rises if math.isfinite(rise)], default=0.0),
-        max([change for change in changes if math.isfinite(change)], default=0.0),
+        _range(rises),
+        _range(changes),
     )
+
+
+def _range(changes: list[float]) -> float:
+    """The largest finite one."""
+    return max([change for change in changes if math.isfinite(change)], default=0.0)
 
 
 def _around(y: Tensor, size: float) -> list[Tensor]:
@@ -160,34 +173,48 @@ def _around(y: Tensor, size: float) -> list[Tensor]:
     return [y + radius * size * row for radius, row in zip(_RADII, noise, strict=True)]
 
 
-class _Upper(SmoothFunction):
-    """`sign F(x, .)` at fixed x."""
+class _Weighted(SmoothFunction):
+    """`sign F(x, .) + weight f(x, .)` at fixed x."""
 
-    def __init__(self, oracle: Oracle, x: Tensor, sign: float) -> None:
-        self._oracle, self._x, self._sign = oracle, x, sign
+    def __init__(self, oracle: Oracle, x: Tensor, sign: float, weight: float) -> None:
+        self._oracle, self._x, self._sign, self._weight = oracle, x, sign, weight
+
+    def _at(self, y: Tensor) -> CountedGradient:
+        return self._oracle.linearized(self._x, y, upper=self._sign, lower=self._weight)
 
     def evaluate(self, y: Tensor) -> Point:
-        value, grad = self._oracle.upper_grad_y(self._x, y)
-        noise = torch.finfo(y.dtype).eps * abs(float(value))
-        return Point(y, self._sign * float(value), self._sign * grad, noise)
+        linear = self._at(y)
+        value = float(linear.value)
+        return Point(y, value, linear.grad, torch.finfo(y.dtype).eps * abs(value))
 
     @property
     def has_hessian(self) -> bool:
         return False
 
     def hessian(self, point: Point, *, refresh: bool) -> Tensor:
-        linear = self._oracle.linearized(self._x, point.y, upper=self._sign, lower=0.0)
-        return linear.hessian()
+        return self._at(point.y).hessian()
 
     def hvp(self, point: Point) -> Any:
-        return self._oracle.linearized(self._x, point.y, upper=self._sign, lower=0.0).hvp
+        return self._at(point.y).hvp
 
 
 def _toward_upper(oracle: Oracle, x: Tensor, y: Tensor, size: float, sign: float) -> Tensor:
-    """A point of small `sign F` around y: the lower solution nearest to it is the best candidate."""
-    upper = _Upper(oracle, x, sign)
-    far = _RADII[-1] * size * math.sqrt(y.numel())
-    found: Minimum = Newton(max_steps=_TO_UPPER).minimize(
-        upper, upper.evaluate(y), stop=lambda point: _tree.length(point.y - y) > far
-    )
-    return found.point.y if _tree.is_finite(found.point.y) else y
+    """Where a path from the minimum of `sign F` to a minimum of f ends: F chooses the basin.
+
+    Minimizing f at once from the minimum of F may step over the basin next to it.
+    """
+    far = _FAR * (size + _tree.length(x) + _tree.length(y))
+    here, ratio = y, 0.0
+    for weight in _PATH:
+        fun = _Weighted(oracle, x, sign, weight * ratio)
+        found: Minimum = Newton(max_steps=_TO_UPPER).minimize(
+            fun, fun.evaluate(here), stop=lambda point: _tree.length(point.y - y) > far
+        )
+        if not _tree.is_finite(found.point.y):
+            break
+        here = found.point.y
+        if weight == 0.0:  # f in units of F, over this distance
+            change = abs(float(oracle.upper(x, here)) - float(oracle.upper(x, y)))
+            rise = abs(float(oracle.lower(x, here)) - float(oracle.lower(x, y)))
+            ratio = change / rise if rise > 0.0 and math.isfinite(rise) else 1.0
+    return here

@@ -126,7 +126,6 @@ class UpperLevel:
             return _untested(
                 "the upper level is stationary: the lower Hessian's linear system was not solved"
             )
-        pulled = self._sign * pulled if self._sign < 0.0 else pulled
         domain, x = self._oracle.problem.domain, self._x
         reach = self._units.step * math.sqrt(x.numel()) * self._units.x
         slopes = linalg.vector_norm(held, dim=1)
@@ -203,7 +202,7 @@ class UpperLevel:
         return torch.stack(solved) if solved else held.in_x
 
     def _lagrangian_falls(self, x: Tensor, weights: Tensor, nu: Tensor) -> float:
-        """How much `sign F + weights H + nu H_=` falls from the point to x, with y solved again."""
+        """How much `F + weights H + nu H_=` falls from the point to x, with y solved again."""
         solved = LowerSolver(self._oracle, x, self._data, self._units.y).solve(self._y)
         if solved.status is not Status.CONVERGED:
             return 0.0
@@ -216,7 +215,7 @@ class UpperLevel:
                 with torch.no_grad():
                     there = constraint_values(fun, x, solved.y, self._upper_data)
                 gain += float(factors @ (held.value - there))
-        return gain + self._sign * (self._value - float(self._oracle.upper(x, solved.y)))
+        return gain + self._value - float(self._oracle.upper(x, solved.y))
 
     def _noise(self) -> float:
         """Changes of F below this mean nothing."""
