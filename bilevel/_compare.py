@@ -6,13 +6,14 @@ import importlib
 import math
 import time
 import warnings
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bilevel import _tree
 from bilevel._certify import certify
@@ -38,7 +39,7 @@ class Run:
         is_trusted: Whether the certificate finds nothing wrong.
         status: How it ended: RUNNING where the budget did, None where the method refused the problem.
         evaluations: Calls of the objectives.
-        memory: Bytes of the tensors that its steps keep for backward passes, at their peak, and of its state.
+        memory: Bytes of the tensors that its first two steps make, as many as live at a time.
         seconds: Wall-clock time.
         costs: Gradients and Hessian products spent after each step.
         values: F after each step.
@@ -233,52 +234,41 @@ def _run(
     )
 
 
-class _Ledger:
-    """The bytes of the tensors that autograd keeps, each storage once."""
+class _LiveMemory(TorchDispatchMode):
+    """Measures, as a context, the bytes of the tensors that are made in it and live at a time.
+
+    Attributes:
+        peak: The largest number of them.
+    """
 
     def __init__(self) -> None:
-        self.peak, self._now, self._held = 0, 0, dict[int, int]()
+        super().__init__()  # pyright: ignore[reportUnknownMemberType]
+        self.peak, self._now = 0, 0
+        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
 
-    def pack(self, tensor: Tensor) -> _Kept:
-        return _Kept(tensor, self)
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in _tree.leaves(result):
+            if not isinstance(leaf, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+                continue
+            storage = leaf.untyped_storage()
+            if storage not in self._seen:
+                self._seen.add(storage)
+                self._now += storage.nbytes()
+                weakref.finalize(storage, self._drop, storage.nbytes())
+                self.peak = max(self.peak, self._now)
+        return result
 
-    def take(self, key: int, size: int) -> None:
-        self._held[key] = self._held.get(key, 0) + 1
-        if self._held[key] == 1:
-            self._now += size
-            self.peak = max(self.peak, self._now)
-
-    def drop(self, key: int, size: int) -> None:
-        self._held[key] -= 1
-        if self._held[key] == 0:
-            self._now -= size
-
-
-class _Kept:
-    def __init__(self, tensor: Tensor, ledger: _Ledger) -> None:
-        self.tensor, self._ledger = tensor, ledger
-        storage = tensor.untyped_storage()
-        self._entry = storage.data_ptr(), storage.nbytes()
-        ledger.take(*self._entry)
-
-    def __del__(self) -> None:
-        self._ledger.drop(*self._entry)
+    def _drop(self, size: int) -> None:
+        self._now -= size
 
 
 def _memory(problem: BilevelProblem, solver: Solver, x0: Tree, y0: Tree) -> int:
-    ledger, state = _Ledger(), None
-    with torch.autograd.graph.saved_tensors_hooks(ledger.pack, lambda kept: kept.tensor):
+    with _LiveMemory() as memory:
         for state in iterate(problem, solver, x0, y0):
             if state.step >= _WEIGHED_STEPS:
                 break
-    return ledger.peak + (0 if state is None else _size(state.memory) + _size([state.x, state.y]))
-
-
-def _size(part: Any) -> int:
-    if isinstance(part, Tensor):
-        return part.nbytes
-    tensors = _tree.leaves(part)
-    return sum(leaf.nbytes for leaf in tensors if isinstance(leaf, Tensor))  # pyright: ignore[reportUnnecessaryIsInstance]
+    return memory.peak
 
 
 def _bytes(count: float) -> str:

@@ -25,6 +25,7 @@ linalg: Any = torch.linalg  # its stubs are untyped
 _DENSE = 256  # largest y whose Hessian is formed
 _SOLVED = 3000  # largest y for which the lower problem is solved as a probe
 _PROBES = 20  # products with the Hessian above that
+_OFF = 0.5  # relative error of a product with the Hessian that is no rounding
 _SINGULAR = 1e-8  # smallest over largest curvature of what counts as positive definite
 
 
@@ -142,19 +143,38 @@ class _Probe:
         self._oracle, self._x = Oracle(problem, data), x
         self.differentiable, self.unique, self.why, self.failure = True, True, "", ""
         self.findings: list[str] = []
-        try:
-            twice = self._oracle.linearized(x, y)
-            twice.hvp(torch.ones_like(y))
-            twice.mixed_vjp(torch.ones_like(y))
-        except (RuntimeError, NotImplementedError) as error:
+        missing = self._second_order(y)
+        if missing:
             self.differentiable = False
-            self.findings.append(f"no second derivatives of f: {str(error).splitlines()[0]}")
+            self.findings.append(f"no second derivatives of f: {missing}")
             return
         size = max(_tree.length(y) / math.sqrt(y.numel()), 1e-2 * _tree.length(x), 1e-3)
         if y.numel() <= _SOLVED:
             y = self._solve(y, data, size)
         if not self.failure:
             self._curvature(y, data, size)
+
+    def _second_order(self, y: Tensor) -> str:
+        """Why f cannot be differentiated twice; empty where it can.
+
+        An operator that breaks the graph of its gradient may give zeros instead of an error: the product with
+        the Hessian is compared with differences of the gradient.
+        """
+        direction = torch.cos(torch.arange(y.numel())).to(y)
+        try:
+            twice = self._oracle.linearized(self._x, y)
+            product = twice.hvp(direction)
+            twice.mixed_vjp(direction)
+        except (RuntimeError, NotImplementedError) as error:
+            return str(error).splitlines()[0]
+        h = torch.finfo(y.dtype).eps ** (1.0 / 3.0) * max(1.0, float(y.abs().max()))
+        ends = [self._oracle.lower_grad_y(self._x, y + s * h * direction)[1] for s in (1.0, -1.0)]
+        measured = (ends[0] - ends[1]) / (2.0 * h)
+        size = _tree.length(measured)
+        noise = torch.finfo(y.dtype).eps ** 0.5 * _tree.length(ends[0])
+        if size > noise and _tree.length(product - measured) > _OFF * size:
+            return f"the product with its Hessian is {_tree.length(product):.3g}, by differences {size:.3g}"
+        return ""
 
     def _solve(self, y: Tensor, data: Any, size: float) -> Tensor:
         found = search(self._oracle, self._x, y, data, size, 1.0)
