@@ -91,6 +91,15 @@ def jacobian(fun: Function, *vectors: Tensor) -> tuple[Tensor, list[Tensor]]:
     count = output.numel()
     if not output.requires_grad or count == 0:
         return output.detach(), [v.new_zeros((count, v.numel())) for v in vectors]
+    identity = torch.eye(count, dtype=output.dtype, device=output.device)
+    try:
+        columns = _grad(output, tracked, grad_outputs=identity, is_grads_batched=True)
+        if all(column.shape[0] == count and column.dim() == 2 for column in columns):
+            return output.detach(), columns
+    except RuntimeError:  # an operator without a batching rule: one row at a time
+        pass
+    with torch.enable_grad():
+        output = fun(*tracked)
     rows = [_grad(output[i], tracked, retain_graph=True) for i in range(count)]
     return output.detach(), [torch.stack(column) for column in zip(*rows, strict=True)]
 

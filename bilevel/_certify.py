@@ -43,7 +43,7 @@ def certify(
 
     Tolerances are relative: the value gap to the change of f within one unit of y, the violation of a
     constraint to its change within one unit of x and y, F to its change within one unit of y. The unit of a
-    variable is its root mean square, or 1 % of that of the other variable, or 1e-3, whichever is largest.
+    variable is its root mean square, 1e-3 at least.
 
     Args:
         problem: The problem.
@@ -78,7 +78,7 @@ def certify(
     flat, (u, v), _, _ = ravel(problem, _tree.detach(x), _tree.detach(y))
     oracle = Oracle(flat, data)
     eps = torch.finfo(v.dtype).eps
-    size_x, size_y = _unit(u, v), _unit(v, u)
+    size_x, size_y = _unit(u), _unit(v)
     sign = -1.0 if pessimistic else 1.0
     upper = oracle.upper(u, v)
     value, lower_gradient = _lower_gradient(oracle, u, v, data, size_y)
@@ -134,9 +134,9 @@ def _rms(vector: Tensor) -> float:
     return _tree.length(vector) / math.sqrt(vector.numel())
 
 
-def _unit(own: Tensor, other: Tensor) -> float:
-    """The unit of a variable, next to the other one; 1 where it is not finite."""
-    unit = max(_rms(own), 1e-2 * _rms(other), _SMALLEST)
+def _unit(own: Tensor) -> float:
+    """The unit of a variable; 1 where it is not finite."""
+    unit = max(_rms(own), _SMALLEST)
     return unit if math.isfinite(unit) else 1.0
 
 
