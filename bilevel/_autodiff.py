@@ -92,16 +92,17 @@ def jacobian(fun: Function, *vectors: Tensor) -> tuple[Tensor, list[Tensor]]:
     if not output.requires_grad or count == 0:
         return output.detach(), [v.new_zeros((count, v.numel())) for v in vectors]
     identity = torch.eye(count, dtype=output.dtype, device=output.device)
+    options = {"grad_outputs": identity, "is_grads_batched": True, "retain_graph": True}
     try:
-        columns = _grad(output, tracked, grad_outputs=identity, is_grads_batched=True)
-        if all(column.shape[0] == count and column.dim() == 2 for column in columns):
-            return output.detach(), columns
+        columns = _grad(output, tracked, **options)
     except RuntimeError:  # an operator without a batching rule: one row at a time
-        pass
-    with torch.enable_grad():
-        output = fun(*tracked)
-    rows = [_grad(output[i], tracked, retain_graph=True) for i in range(count)]
-    return output.detach(), [torch.stack(column) for column in zip(*rows, strict=True)]
+        rows = [_grad(output, tracked, grad_outputs=row, retain_graph=True) for row in identity]
+        return output.detach(), [torch.stack(column) for column in zip(*rows, strict=True)]
+    # where fun ignores a vector, torch answers with one row of zeros for all
+    pairs = zip(columns, vectors, strict=True)
+    return output.detach(), [
+        c if c.dim() == 2 else v.new_zeros((count, v.numel())) for c, v in pairs
+    ]
 
 
 class LinearizedGradient:
