@@ -3,6 +3,7 @@
 from bilevel import barriers, linear, optim, schedules
 from bilevel._certify import certify
 from bilevel._checkpoint import load_state, save_state
+from bilevel._compare import Comparison, Run, compare
 from bilevel._errors import (
     BilevelError,
     BilevelWarning,
@@ -15,11 +16,20 @@ from bilevel._errors import (
 )
 from bilevel._module import from_module, update_module
 from bilevel._problem import Batch, BilevelProblem, Box
+from bilevel._recommend import Recommendation, recommend
 from bilevel._solution import Certificate, Evaluations, Solution, State, Status
 from bilevel._solve import iterate, solve
 from bilevel._types import Schedule
 from bilevel.diagnostics import Report, check_hypergradient
-from bilevel.estimators import Estimate, Estimator, Implicit, Unrolled, ValueFunction, hypergradient
+from bilevel.estimators import (
+    Estimate,
+    Estimator,
+    Implicit,
+    ImplicitKKT,
+    Unrolled,
+    ValueFunction,
+    hypergradient,
+)
 from bilevel.solvers import ASBLO, HypergradientDescent, Solver
 
 __all__ = [
@@ -31,15 +41,19 @@ __all__ = [
     "Box",
     "Certificate",
     "CheckpointError",
+    "Comparison",
     "Estimate",
     "Estimator",
     "Evaluations",
     "HypergradientDescent",
     "Implicit",
+    "ImplicitKKT",
     "InfeasibleError",
     "NonFiniteError",
     "ObjectiveError",
+    "Recommendation",
     "Report",
+    "Run",
     "Schedule",
     "Solution",
     "Solver",
@@ -52,12 +66,14 @@ __all__ = [
     "barriers",
     "certify",
     "check_hypergradient",
+    "compare",
     "from_module",
     "hypergradient",
     "iterate",
     "linear",
     "load_state",
     "optim",
+    "recommend",
     "save_state",
     "schedules",
     "solve",

@@ -87,14 +87,17 @@ def differentiable_grad(output: Tensor, wrt: Tensor) -> Tensor:
     """The gradient of the scalar `output` in the tracked `wrt`, with its own graph."""
     if not output.requires_grad:
         return torch.zeros_like(wrt)
-    (grad,) = torch.autograd.grad(
-        output, (wrt,), create_graph=True, allow_unused=True, materialize_grads=True
-    )
-    return grad
+    return _grad(output, [wrt], create_graph=True)[0]
+
+
+def jacobian(fun: Function, *vectors: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The vector `fun(*vectors)`, shape (k,), and its derivative in each of the vectors, shapes (k, n)."""
+    linear = LinearizedMap(fun, *vectors)
+    return linear.value, linear.jacobian()
 
 
 class LinearizedMap:
-    """A vector-valued function at a point, differentiated when that is asked for.
+    """A vector-valued function of vectors at a point, differentiated when that is asked for.
 
     Attributes:
         value: `fun(*vectors)`, shape (k,).
@@ -106,29 +109,25 @@ class LinearizedMap:
             self._output = fun(*self._tracked)
         self.value = self._output.detach()
 
-    def jacobian(self) -> Tensor:
-        """The derivative in all of the vectors, side by side, shape (k, n)."""
-        count, width = self._output.numel(), sum(v.numel() for v in self._tracked)
+    def jacobian(self) -> list[Tensor]:
+        """The derivative in each of the vectors, shapes (k, n): k products, in one batch where torch can."""
+        count = self._output.numel()
+        blocks = [v.new_zeros((count, v.numel())) for v in self._tracked]
+        used = [i for i, v in enumerate(self._tracked) if v.numel()]
         if not self._output.requires_grad or count == 0:
-            return self.value.new_zeros((count, width))
+            return blocks
+        wrt = [self._tracked[i] for i in used]
         identity = torch.eye(count, dtype=self.value.dtype, device=self.value.device)
-        options: Any = {
-            "retain_graph": True,
-            "allow_unused": True,
-            "materialize_grads": True,
-        }
-        vectors = [v for v in self._tracked if v.numel()]
+        options = {"grad_outputs": identity, "is_grads_batched": True, "retain_graph": True}
         try:
-            blocks = torch.autograd.grad(
-                self._output, vectors, identity, is_grads_batched=True, **options
-            )
+            columns = _grad(self._output, wrt, **options)
         except RuntimeError:  # an operator without a batching rule: one row at a time
-            rows = [torch.autograd.grad(self._output, vectors, row, **options) for row in identity]
-            blocks = [torch.stack(column) for column in zip(*rows, strict=True)]
-        # torch answers with one row of zeros for all where the output does not depend on a vector
-        return torch.cat(
-            [block.reshape(-1, block.shape[-1]).expand(count, -1) for block in blocks], 1
-        )
+            rows = [_grad(self._output, wrt, grad_outputs=r, retain_graph=True) for r in identity]
+            columns = [torch.stack(column) for column in zip(*rows, strict=True)]
+        for i, column in zip(used, columns, strict=True):
+            if column.dim() == 2:  # where fun ignores a vector, torch answers with one row for all
+                blocks[i] = column
+        return blocks
 
 
 class LinearizedGradient:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,32 +12,50 @@ from bilevel import _tree
 from bilevel._oracle import Oracle
 from bilevel._problem import BilevelProblem, ravel, split_data
 from bilevel._solution import Certificate, Status
-from bilevel._types import Objective, Tree
-from bilevel.estimators import Implicit
-from bilevel.estimators._basins import STARTS, explore
-from bilevel.linear import CG, Dense
-from bilevel.optim import Newton
+from bilevel._types import Tree
+from bilevel.estimators._kkt import constraint_values, fit_multipliers, linearize
+from bilevel.estimators._search import Search, search
+from bilevel.estimators._stationarity import Stationarity, Units, UpperLevel
 
-_DENSE = 256  # largest y whose Hessian is formed
 linalg: Any = torch.linalg  # its stubs are untyped
-_SINGULAR = 1e-10  # smallest eigenvalue, over the largest, of an invertible Hessian
+_GAP = 1e-5  # of the change of f within one unit of y
+_DISTANCE = 1e-2  # from a locally unique lower solution, in units of y
+_VIOLATION = 1e-6  # of the change of a constraint within one unit of x and y
+_OTHER = 1e-4  # of the change of F within one unit of y: what another lower solution must gain
+_STEP = 1e-3  # of the sizes of x and y: how far a stationary point may be from where it should be
+_SMALLEST = 1e-3  # unit of a variable that is zero
 
 
-def certify(problem: BilevelProblem, x: Tree, y: Tree, data: Any = None) -> Certificate:
+def certify(
+    problem: BilevelProblem, x: Tree, y: Tree, data: Any = None, *, pessimistic: bool = False
+) -> Certificate:
     r"""How good (x, y) is as an answer: value gap, stationarity, violations, and what was assumed.
 
-    The lower problem is solved again, by Newton's method from y and from seven points around it, so that a y
-    in the wrong basin shows as a value gap wherever one of them finds a deeper one. The hypergradient is the
-    implicit one, at the solution found from y.
+    The lower problem is solved again from y, from points around it at radii from 1/4 to 16 in units of y, and from
+    where F is small: by Newton's method, or with lower constraints by SciPy, polished on the KKT equations. So a y
+    that is no lower solution, one in the wrong basin, and one that is not the best for F among those found all show.
+
+    The upper level is tested at the solution found from y. Where y*(x) is smooth, by the implicit hypergradient,
+    with the multipliers of the nearly active upper constraints and bounds fitted by non-negative least squares;
+    where S(x) holds many points or a lower constraint is weakly active, by the problem linearized in x, y and the
+    multipliers. A direction counts as descent only where F falls along it with the lower problem solved again, over
+    a step of 0.1 % of the sizes of x and y (2 % in float32).
+
+    Tolerances are relative: the value gap to the change of f within one unit of y, the violation of a
+    constraint to its change within one unit of x and y, F to its change within one unit of y. The unit of a
+    variable is its root mean square, 1e-3 at least.
 
     Args:
         problem: The problem.
         x: Upper variable.
         y: Lower variable.
         data: A `Batch`, or what both objectives get as their third argument.
+        pessimistic: Whether y should maximize F over the lower solutions instead of minimizing it.
 
     Returns:
-        The certificate.
+        The certificate; `is_trusted` is the verdict, and `problems` says what is wrong. Above 300 lower variables
+        fewer starts are made, above 3000 none but y; above 256 Hessians are not formed. `assumptions` says what
+        was not tested therefore.
 
     Raises:
         StructureError: `x` or `y` is no tree of floating tensors.
@@ -48,68 +67,166 @@ def certify(problem: BilevelProblem, x: Tree, y: Tree, data: Any = None) -> Cert
         ...     lower=lambda x, y, data: ((y - x) ** 2).sum(),
         ... )
         >>> good = bl.certify(problem, torch.ones(1), torch.ones(1))
-        >>> good.value_gap, good.hypergradient
-        (0.0, 0.0)
-        >>> bl.certify(
-        ...     problem, torch.ones(1), torch.full((1,), 3.0)
-        ... ).value_gap  # a wrong y is caught
-        4.0
+        >>> good.is_trusted, good.value_gap, good.hypergradient
+        (True, 0.0, 0.0)
+        >>> bad = bl.certify(problem, torch.ones(1), torch.full((1,), 3.0))
+        >>> bad.is_trusted, bad.value_gap  # a wrong y is caught
+        (False, 4.0)
     """
     _tree.check_variable(x, "x")
     _tree.check_variable(y, "y")
     flat, (u, v), _, _ = ravel(problem, _tree.detach(x), _tree.detach(y))
     oracle = Oracle(flat, data)
-    value, _, grad = oracle.lower_grad(u, v)
-    basins = explore(oracle, u, v, Newton(), seed=0)
-    assumptions = [f"the lower minimum is the lowest of {STARTS} local solves"]
-    curvature, invertible = None, True
-    if v.numel() <= _DENSE:
-        hessian = oracle.linearized(u, v).hessian()
-        invertible = _tree.is_finite(hessian)
-        if invertible:
-            eigenvalues: Tensor = linalg.eigvalsh(hessian)
-            curvature = float(eigenvalues[0])
-            invertible = curvature > _SINGULAR * float(eigenvalues[-1])
-    else:
-        assumptions.append(
-            f"the lower Hessian is positive definite (not tested above {_DENSE} variables)"
-        )
-    hypergradient = None
-    spent = oracle.evaluations
-    if invertible:
-        linear = Dense() if v.numel() <= _DENSE else CG()
-        estimate = Implicit(linear).estimate(flat, u, v, data)
-        spent = spent + estimate.evaluations
-        if estimate.status is Status.CONVERGED:
-            moved = u - estimate.grad
-            moved = flat.domain(moved) if flat.domain is not None else moved
-            hypergradient = _tree.length(u - moved)
-    else:
-        assumptions.append(
-            "F cannot be lowered by another lower solution: "
-            "the lower Hessian is singular, indefinite or not finite here"
-        )
+    eps = torch.finfo(v.dtype).eps
+    size_x, size_y = _unit(u), _unit(v)
+    sign = -1.0 if pessimistic else 1.0
+    upper = oracle.upper(u, v)
+    value, lower_gradient = _lower_gradient(oracle, u, v, data, size_y)
+    found = search(oracle, u, v, data, size_y, sign)
+    size_y = max(size_y, _rms(found.nearest.y) if _tree.is_finite(found.nearest.y) else 0.0)
+    units = Units(size_x, size_y, found.upper_size, max(_STEP, eps**0.25))
+    violations = _violations(flat, u, v, data, units)
+    problems = [sentence for _, sentence in violations.values() if sentence]
     outside = 0.0 if flat.domain is None else _tree.length(u - flat.domain(u))
-    parts = split_data(data)
+    if outside > max(_VIOLATION, 100.0 * eps) * math.sqrt(u.numel()) * size_x:
+        problems.append(f"x is {outside:.3g} outside of its domain")
+    gap = _positive(value - min(found.nearest.value, found.lowest.value))
+    deeper = _positive(found.nearest.value - found.lowest.value)
+    if not (math.isfinite(value) and math.isfinite(float(upper))):
+        problems.append(f"an objective is not finite here: F = {float(upper):.3g}, f = {value:.3g}")
+    problems += _lower_problems(found, v, value, gap, deeper, size_y)
+    stationarity = Stationarity(None, None, "", (), ())
+    if found.nearest.status is Status.CONVERGED:
+        problems += _better_solution(oracle, u, found, sign)
+        stationarity = UpperLevel(
+            oracle, u, found.nearest, found.minima, data, units, sign
+        ).examine()
+        apart = _tree.length(v - found.nearest.y) / math.sqrt(v.numel())
+        if stationarity.hypergradient is not None and apart > _DISTANCE * size_y:
+            problems.append(
+                f"y is {apart:.3g} (root mean square) from the lower solution next to it, more than {_DISTANCE:.2g} "
+                f"of its size {size_y:.3g}"
+            )
+        if stationarity.problem:
+            problems.append(stationarity.problem)
+    many = "" if v.numel() <= 300 else " (fewer than for a small y)"
+    assumptions = [
+        f"the lower minimum is the lowest of {found.starts} local solves{many}",
+        "no other x is better: the test of the upper level is local",
+    ]
     return Certificate(
-        value_gap=_positive(float(value) - min(basins.nearest, basins.lowest)),
-        deeper_basin=max(0.0, basins.nearest - basins.lowest),
-        lower_gradient=_tree.length(grad),
-        hypergradient=hypergradient,
-        upper_violation=_violation(problem.upper_constraint, x, y, parts.upper),
-        lower_violation=_violation(problem.lower_constraint, x, y, parts.lower),
+        value_gap=gap,
+        deeper_basin=deeper,
+        lower_gradient=lower_gradient,
+        hypergradient=stationarity.hypergradient,
+        upper_violation=violations["upper_constraint"][0],
+        lower_violation=violations["lower_constraint"][0],
         domain_violation=outside,
-        lower_curvature=curvature,
-        assumptions=tuple(assumptions),
-        evaluations=spent,
+        lower_curvature=stationarity.curvature,
+        assumptions=(*assumptions, *stationarity.assumptions),
+        evaluations=oracle.evaluations,
+        upper_equality_violation=violations["upper_equality"][0],
+        lower_equality_violation=violations["lower_equality"][0],
+        problems=tuple(problems),
+        tested=stationarity.tested,
     )
 
 
-def _violation(constraint: Objective | None, x: Tree, y: Tree, data: Any) -> float:
-    if constraint is None:
-        return 0.0
-    with torch.no_grad():
-        return _positive(float(constraint(x, y, data).max()))
+def _rms(vector: Tensor) -> float:
+    return _tree.length(vector) / math.sqrt(vector.numel())
+
+
+def _unit(own: Tensor) -> float:
+    """The unit of a variable; 1 where it is not finite."""
+    unit = max(_rms(own), _SMALLEST)
+    return unit if math.isfinite(unit) else 1.0
+
+
+def _lower_gradient(
+    oracle: Oracle, x: Tensor, y: Tensor, data: Any, size: float
+) -> tuple[float, float]:
+    """f, and the norm of its gradient, of which the nearly active constraints hold a part."""
+    value, grad = oracle.lower_grad_y(x, y)
+    problem, lower = oracle.problem, split_data(data).lower
+    if problem.lower_constraint or problem.lower_equality:
+        held = linearize(problem.lower_constraint, x, y, lower)
+        equal = linearize(problem.lower_equality, x, y, lower)
+        near = held.value >= -_STEP * size * linalg.vector_norm(held.in_y, dim=1)
+        multipliers, nu = fit_multipliers(grad, held.in_y[near], equal.in_y)
+        grad = grad + held.in_y[near].T @ multipliers + equal.in_y.T @ nu
+    return float(value), _tree.length(grad)
+
+
+def _violations(
+    problem: BilevelProblem, x: Tensor, y: Tensor, data: Any, units: Units
+) -> dict[str, tuple[float, str]]:
+    """By constraint: its largest violation, and a sentence where that is more than its tolerance."""
+    parts = split_data(data)
+    tolerance = max(_VIOLATION, 100.0 * torch.finfo(y.dtype).eps)
+    found: dict[str, tuple[float, str]] = {}
+    for name in ("upper_constraint", "lower_constraint", "upper_equality", "lower_equality"):
+        fun = getattr(problem, name)
+        of_level = parts.upper if name.startswith("upper") else parts.lower
+        with torch.no_grad():
+            value = constraint_values(fun, x, y, of_level)
+        amount = value.abs() if name.endswith("equality") else value.clamp(min=0.0)
+        if amount.numel() == 0 or float(amount.max()) == 0.0:
+            found[name] = (0.0, "")
+            continue
+        held = linearize(fun, x, y, of_level)
+        reach = linalg.vector_norm(held.in_x, dim=1) * units.x
+        reach = reach + linalg.vector_norm(held.in_y, dim=1) * units.y
+        allowed = tolerance * torch.where(reach > 0.0, reach, torch.ones_like(reach))
+        worst = int((amount / allowed).nan_to_num(math.inf).argmax())
+        sentence = ""
+        if not float(amount[worst]) <= float(allowed[worst]):
+            sentence = (
+                f"`{name}` is violated by {float(amount[worst]):.3g} "
+                f"(tolerance {float(allowed[worst]):.2g})"
+            )
+        found[name] = (float(amount.max()), sentence)
+    return found
+
+
+def _lower_problems(
+    found: Search, y: Tensor, value: float, gap: float, deeper: float, size: float
+) -> list[str]:
+    """What is wrong with y as a solution of the lower problem."""
+    if found.lowest.status is Status.LOWER_UNBOUNDED:
+        return ["f falls without bound in y, so that the lower problem has no solution"]
+    if found.nearest.status is not Status.CONVERGED:
+        return [f"no lower solution was found from y: {found.nearest.status.value}"]
+    eps = torch.finfo(y.dtype).eps
+    tolerance = max(_GAP, 10.0 * eps) * found.lower_size + 64.0 * eps * abs(value)
+    if deeper > 0.0:
+        return [
+            f"y solves the lower problem locally at best: from another start f falls lower by {deeper:.3g}. "
+            "Start at another y0, or convexify f"
+        ]
+    if gap > tolerance:
+        return [
+            f"y does not solve the lower problem: the value gap is {gap:.3g} (tolerance {tolerance:.2g})"
+        ]
+    return []
+
+
+def _better_solution(oracle: Oracle, x: Tensor, found: Search, sign: float) -> list[str]:
+    """Whether another lower solution among those found is better for F."""
+    eps = torch.finfo(x.dtype).eps
+    here = sign * float(oracle.upper(x, found.nearest.y))
+    equal = max(1e-8, 10.0 * eps) * found.height + 64.0 * eps * abs(found.nearest.value)
+    gains = [
+        here - sign * float(oracle.upper(x, other.y))
+        for other in found.minima[1:]
+        if other.value <= found.nearest.value + equal
+    ]
+    gain = max([g for g in gains if math.isfinite(g)], default=0.0)
+    if gain <= _OTHER * found.upper_size + 64.0 * eps * abs(here):
+        return []
+    way = "lower" if sign > 0.0 else "higher"
+    return [
+        f"y is not the lower solution that the upper level wants: F is {way} by {gain:.3g} at another one"
+    ]
 
 
 def _positive(value: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -81,15 +82,23 @@ class Oracle:
         return value, grad_y
 
     def linearized(
-        self, x: Tensor, y: Tensor, *, upper: float = 0.0, lower: float = 1.0
+        self,
+        x: Tensor,
+        y: Tensor,
+        *,
+        upper: float = 0.0,
+        lower: float = 1.0,
+        plus: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> CountedGradient:
-        """The gradient in y of `upper * F + lower * f` at vectors x and y, with its products."""
+        """The gradient in y of `upper * F + lower * f + plus` at vectors x and y, with its products."""
 
         def weighted(u: Tensor, v: Tensor) -> Tensor:
             terms = [
                 w * fun(u, v) for w, fun in ((upper, self._upper), (lower, self._lower)) if w != 0.0
             ]
-            return terms[0] if len(terms) == 1 else terms[0] + terms[1]
+            if plus is not None:
+                terms.append(plus(u, v))
+            return sum(terms[1:], terms[0])
 
         self._counts["upper_grad"] += int(upper != 0.0)
         self._counts["lower_grad"] += int(lower != 0.0)

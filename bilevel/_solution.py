@@ -39,6 +39,10 @@ class Status(enum.Enum):
     )
     UPPER_UNBOUNDED = "the upper value decreases without bound in x, so the problem has no solution"
     LOWER_UNSOLVED = "the lower problem was not solved to its tolerance, so the hypergradient is not to be trusted"
+    WEAKLY_ACTIVE = (
+        "a lower constraint is active with a multiplier of zero, so y*(x) has a kink and the hypergradient "
+        "holds on one side only"
+    )
     LINEAR_UNSOLVED = "the linear system of the lower Hessian was not solved: singular, indefinite, or too few steps"
 
     @property
@@ -70,6 +74,7 @@ _CURES = {
     Status.LOWER_UNBOUNDED: "Add a term to f that grows with |y|, or constrain y.",
     Status.UPPER_UNBOUNDED: "Bound x by a `domain`, or add a term to F that grows with |x|.",
     Status.LOWER_UNSOLVED: "Give the minimizer more steps, or use float64 and a smooth f.",
+    Status.WEAKLY_ACTIVE: "Move x off the kink, or judge the answer by `certify`, which tests both sides.",
     Status.LINEAR_UNSOLVED: "Use `linear.Dense()`, more steps, or `ASBLO()`, which needs no inverse.",
 }
 
@@ -140,15 +145,22 @@ class Certificate:
         value_gap: `f(x, y) - min f(x, .)`, zero where y solves the lower problem.
         deeper_basin: How much lower than the local minimum around y another local minimum of f was
             found, 0 where none was: y solves the lower problem locally at best where this is positive.
-        lower_gradient: Norm of the gradient of f in y.
-        hypergradient: Norm of the projected implicit hypergradient, or None where the lower
-            Hessian is singular, so that there is no such gradient.
+        lower_gradient: Norm of the gradient of f in y; with lower constraints, of the Lagrangian with the
+            multipliers that fit best.
+        hypergradient: Norm of the projected implicit hypergradient, of the Lagrangian where there are upper
+            constraints, or None where y*(x) is not known to be smooth, so that there is no such gradient.
         upper_violation: Largest entry of `H(x, y)`, or 0.
         lower_violation: Largest entry of `h(x, y)`, or 0.
         domain_violation: Distance of x from its domain.
-        lower_curvature: Smallest eigenvalue of the lower Hessian, or None where it was not computed.
+        lower_curvature: Smallest eigenvalue of the lower Hessian, along the active constraints where there are
+            any, or None where it was not computed.
         assumptions: What was assumed and not tested, in sentences.
         evaluations: What the certificate itself cost.
+        upper_equality_violation: Largest absolute entry of the upper equalities, or 0.
+        lower_equality_violation: Largest absolute entry of the lower equalities, or 0.
+        problems: What is wrong with the answer, in sentences with numbers and tolerances; empty where nothing
+            was found.
+        tested: What was tested and holds, in sentences.
     """
 
     value_gap: float
@@ -161,11 +173,26 @@ class Certificate:
     lower_curvature: float | None
     assumptions: tuple[str, ...]
     evaluations: Evaluations
+    upper_equality_violation: float = 0.0
+    lower_equality_violation: float = 0.0
+    problems: tuple[str, ...] = ()
+    tested: tuple[str, ...] = ()
+
+    @property
+    def is_trusted(self) -> bool:
+        """Whether nothing was found that is wrong with the answer."""
+        return not self.problems
 
     def __str__(self) -> str:
-        rows = [(f.name.replace("_", " "), _show(getattr(self, f.name))) for f in fields(self)[:-2]]
-        lines = table(rows)
-        return "\n".join([lines, *(f"assumed: {sentence}" for sentence in self.assumptions)])
+        words = ("assumptions", "evaluations", "problems", "tested")
+        names = [f.name for f in fields(self) if f.name not in words]
+        verdict = "trusted" if self.is_trusted else f"not to be trusted, {len(self.problems)} found"
+        rows = [("verdict", verdict)]
+        rows += [(name.replace("_", " "), _show(getattr(self, name))) for name in names]
+        sentences = [f"wrong: {sentence}" for sentence in self.problems]
+        sentences += [f"tested: {sentence}" for sentence in self.tested]
+        sentences += [f"assumed: {sentence}" for sentence in self.assumptions]
+        return "\n".join([table(rows), *sentences])
 
 
 @dataclass(frozen=True)
@@ -209,6 +236,7 @@ class Solution:
             rows += [
                 ("value gap", _show(self.certificate.value_gap)),
                 ("hypergradient norm", _show(self.certificate.hypergradient)),
+                ("certificate", "; ".join(self.certificate.problems) or "nothing wrong was found"),
             ]
         rows += [
             ("steps", str(self.steps)),

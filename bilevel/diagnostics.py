@@ -16,11 +16,14 @@ from bilevel._oracle import Oracle
 from bilevel._problem import BilevelProblem, ravel
 from bilevel._solution import Status, table
 from bilevel._types import Tree
-from bilevel.estimators import Estimator, check_problem
+from bilevel.estimators import Estimator, check_problem, refuse_constraints
 from bilevel.estimators._gap import RegularizedLower
+from bilevel.estimators._kkt import ConstrainedLower
 from bilevel.optim import Newton
 
 _DIRECTIONS = 10  # along the axes up to this many upper variables, along random ones above
+_STEPS = 7  # tried along each direction
+_KINK = 1e-2  # relative difference of the slopes of the two sides that no smooth function has at these steps
 _TRUSTED = 1e-3  # relative error of a hypergradient that descends as the true one would
 
 
@@ -35,6 +38,10 @@ class Report:
         estimated: The derivatives that the estimate claims, one a direction.
         measured: The derivatives by central differences.
         steps: The step of the plateau of each direction.
+        plateaus: How many neighboring steps agree with the plateau to 0.1 %, one number a direction: of seven,
+            few mean that truncation or rounding leaves little room between them.
+        kink: Largest difference between the slopes on the two sides of x, relative: F(x, y*(x)) has no gradient
+            where it stays above the truncation error.
         status: How the estimate was made.
         verdict: The finding in words.
     """
@@ -46,6 +53,8 @@ class Report:
     steps: tuple[float, ...]
     status: Status
     verdict: str
+    plateaus: tuple[int, ...] = ()
+    kink: float = 0.0
 
     @property
     def is_trusted(self) -> bool:
@@ -53,6 +62,7 @@ class Report:
         return (
             self.status is Status.CONVERGED
             and self.noise <= _TRUSTED
+            and self.kink <= _KINK
             and self.error <= max(_TRUSTED, 2.0 * self.noise)
         )
 
@@ -63,6 +73,7 @@ class Report:
                 ("relative error", f"{self.error:.3g}"),
                 ("noise floor", f"{self.noise:.3g}"),
                 ("directions", str(len(self.measured))),
+                ("plateau", f"{min(self.plateaus, default=0)} of {_STEPS} steps at least agree"),
                 ("estimate", f"{self.status.name}: {self.status.value}"),
             ]
         )
@@ -75,7 +86,8 @@ def check_hypergradient(
 
     Along each direction d, $(\Phi(x + h d) - \Phi(x - h d)) / 2h$ with $\Phi(x) = F(x, y^*(x))$ is measured for
     seven steps h around the cube root of the rounding error. Where two neighbors agree best is the plateau
-    between truncation and rounding, and their difference is the noise floor. Above ten upper variables the
+    between truncation and rounding, and their difference is the noise floor. Where the slopes of the two sides of
+    x differ at every step, there is a kink, and no gradient to compare with. Above ten upper variables the
     directions are random.
 
     Args:
@@ -106,6 +118,7 @@ def check_hypergradient(
     """
     check_kind("check_hypergradient(method=...)", method, Estimator, "Pass e.g. `Implicit()`.")
     check_problem(problem, x, y, data)
+    refuse_constraints(problem, "check_hypergradient", method.constraints)
     flat, (u, v), _, _ = ravel(problem, _tree.detach(x), _tree.detach(y))
     estimate = method.estimate(flat, u, v, data)
     solved = _solve_lower(flat, u, v, data)
@@ -117,8 +130,13 @@ def check_hypergradient(
     noises: list[float] = []
     steps: list[float] = []
     estimated: list[float] = []
+    plateaus: list[int] = []
+    kinks: list[float] = []
+    here = _upper_value(flat, u, solved, data)
     for direction in _directions(u):
-        derivative, noise, step = _plateau(flat, u, solved, direction, size, data)
+        derivative, noise, step, wide, kink = _plateau(flat, u, solved, direction, size, data, here)
+        plateaus.append(wide)
+        kinks.append(kink)
         measured.append(derivative)
         noises.append(noise)
         steps.append(step)
@@ -126,17 +144,31 @@ def check_hypergradient(
     reference = math.hypot(*measured) or 1.0
     error = math.hypot(*(a - b for a, b in zip(estimated, measured, strict=True))) / reference
     noise = math.hypot(*noises) / reference
-    verdict = _verdict(error, noise, estimate.status)
+    kink = math.hypot(*kinks) / reference
+    verdict = _verdict(error, noise, kink, estimate.status)
     return Report(
-        error, noise, tuple(estimated), tuple(measured), tuple(steps), estimate.status, verdict
+        error,
+        noise,
+        tuple(estimated),
+        tuple(measured),
+        tuple(steps),
+        estimate.status,
+        verdict,
+        tuple(plateaus),
+        kink,
     )
 
 
-def _verdict(error: float, noise: float, status: Status) -> str:
+def _verdict(error: float, noise: float, kink: float, status: Status) -> str:
     if not noise <= _TRUSTED:
         return (
             f"no verdict: the differences agree with each other only to {noise:.2g}. F(x, y*(x)) is noisy or not "
             "differentiable here; use float64, a smoother objective, or another point"
+        )
+    if kink > _KINK:
+        return (
+            f"no verdict: the slopes on the two sides of x differ by {kink:.2g} at every step, so F(x, y*(x)) has a "
+            "kink here and no gradient; take another point"
         )
     if error <= max(_TRUSTED, 2.0 * noise):
         if status is Status.CONVERGED:
@@ -158,22 +190,38 @@ def _directions(x: Tensor) -> list[Tensor]:
 
 
 def _plateau(
-    problem: BilevelProblem, x: Tensor, y: Tensor, direction: Tensor, size: float, data: Any
-) -> tuple[float, float, float]:
-    """The derivative along `direction` where two neighboring steps agree best, their difference, the step."""
+    problem: BilevelProblem,
+    x: Tensor,
+    y: Tensor,
+    direction: Tensor,
+    size: float,
+    data: Any,
+    here: float,
+) -> tuple[float, float, float, int, float]:
+    """The slope along `direction` where two neighboring steps agree best, and how far it is one.
+
+    Returns:
+        The slope, the difference of the two, the step, how many steps agree, and the smallest difference between
+        the slopes of the two sides.
+    """
     # The best step for central differences is eps^(1/3): a decade and a half to either side holds it.
     best_step = torch.finfo(x.dtype).eps ** (1.0 / 3.0)
-    steps = [size * best_step * 10.0 ** (0.5 * i) for i in range(3, -4, -1)]
+    steps = [size * best_step * 10.0 ** (0.5 * i) for i in range(3, 3 - _STEPS, -1)]
     slopes: list[float] = []
+    sides: list[float] = []
     for h in steps:
         ends = [_upper_value(problem, x + s * h * direction, y, data) for s in (1.0, -1.0)]
         slopes.append((ends[0] - ends[1]) / (2.0 * h))
+        sides.append(abs(ends[0] - 2.0 * here + ends[1]) / h)
     spreads = [abs(a - b) for a, b in itertools.pairwise(slopes)]
     finite = [i for i, spread in enumerate(spreads) if math.isfinite(spread)]
     if not finite:
-        return math.nan, math.inf, math.nan
+        return math.nan, math.inf, math.nan, 0, 0.0
     i = min(finite, key=lambda j: spreads[j])
-    return slopes[i + 1], spreads[i], steps[i + 1]
+    slope = slopes[i + 1]
+    agreeing = sum(abs(other - slope) <= _TRUSTED * abs(slope) for other in slopes)
+    kink = min(side for side in sides if math.isfinite(side))
+    return slope, spreads[i], steps[i + 1], agreeing, kink
 
 
 def _upper_value(problem: BilevelProblem, x: Tensor, y: Tensor, data: Any) -> float:
@@ -182,6 +230,10 @@ def _upper_value(problem: BilevelProblem, x: Tensor, y: Tensor, data: Any) -> fl
 
 
 def _solve_lower(problem: BilevelProblem, x: Tensor, y: Tensor, data: Any) -> Tensor | None:
+    if problem.lower_constraint or problem.lower_equality:
+        size = max(_tree.length(y) / math.sqrt(y.numel()), 1e-3)
+        point = ConstrainedLower(Oracle(problem, data), x, data, size).solve(y)
+        return point.y if point.status is Status.CONVERGED else None
     lower = RegularizedLower(Oracle(problem, data), x, 0.0)
     found = Newton().minimize(lower, lower.evaluate(y))
     return None if found.status in (Status.LOWER_UNBOUNDED, Status.NONFINITE) else found.point.y

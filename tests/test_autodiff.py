@@ -122,3 +122,16 @@ def test_products_work_under_autocast_with_a_norm_before_a_convolution() -> None
 
     linear = LinearizedGradient(fun, torch.ones(1), torch.ones(1))
     assert torch.isfinite(linear.hvp(torch.ones(1))).all()
+
+
+def test_jacobian_of_a_vector_function() -> None:
+    x, y = torch.tensor([2.0, 3.0]).double(), torch.tensor([0.5]).double()
+    value, (in_x, in_y) = _autodiff.jacobian(lambda u, v: torch.cat([u * v, u[:1] ** 2]), x, y)
+    torch.testing.assert_close(value, torch.tensor([1.0, 1.5, 4.0]).double())
+    expected = torch.tensor([[0.5, 0.0], [0.0, 0.5], [4.0, 0.0]]).double()
+    torch.testing.assert_close(in_x, expected)
+    torch.testing.assert_close(in_y, torch.tensor([[2.0], [3.0], [0.0]]).double())
+    value, (in_x, in_y) = _autodiff.jacobian(lambda u, v: v * torch.ones(3).double(), x, y)
+    assert in_x.shape == (3, 2)
+    assert not bool(in_x.any())
+    torch.testing.assert_close(in_y, torch.ones(3, 1).double())

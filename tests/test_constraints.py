@@ -158,9 +158,7 @@ def test_units_do_not_matter(factors: tuple[float, float, float]) -> None:
         lower=lambda x, y, data: b * plain.lower(x, y, data) - 7.0,
         lower_constraint=lambda x, y, data: c * plain.lower_constraint(x, y, data),  # pyright: ignore
     )
-    torch.testing.assert_close(
-        solved(replace(case, problem=scaled)).x, case.x, rtol=0.0, atol=1e-4
-    )
+    torch.testing.assert_close(solved(replace(case, problem=scaled)).x, case.x, rtol=0.0, atol=1e-4)
 
 
 def test_variables_may_be_trees() -> None:

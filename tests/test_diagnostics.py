@@ -65,3 +65,36 @@ def test_many_variables_are_tested_along_random_directions() -> None:
 @pytest.mark.parametrize("part", ["verdict", "relative error", "noise floor"])
 def test_report_prints(part: str) -> None:
     assert part in str(bl.check_hypergradient(PROBLEM, X, Y, bl.Implicit()))
+
+
+def test_plateau_is_wide_where_the_problem_is_smooth() -> None:
+    report = bl.check_hypergradient(PROBLEM, X, Y, bl.Implicit())
+    assert all(count >= 5 for count in report.plateaus)
+    assert len(report.plateaus) == len(report.steps) == 2
+    assert report.kink < 1e-4
+    assert "of 7 steps" in str(report)
+
+
+def test_constrained_lower_problem_is_solved_with_its_constraints() -> None:
+    held = bl.BilevelProblem(
+        PROBLEM.upper,
+        PROBLEM.lower,
+        lower_equality=lambda x, y, data: y.sum() - 1.0,
+        lower_constraint=lambda x, y, data: -y,
+    )
+    report = bl.check_hypergradient(held, X, Y + 0.5, bl.ImplicitKKT())
+    assert report.is_trusted
+    assert report.error < 1e-6
+    with pytest.raises(ValueError, match=r"check_hypergradient.*lower_constraint"):
+        bl.check_hypergradient(held, X, Y + 0.5, bl.Implicit())
+
+
+def test_kink_of_an_active_constraint_leaves_no_verdict() -> None:
+    kinked = bl.BilevelProblem(  # y = max(x, 0), at x = 0
+        lambda x, y, data: (2.0 * y).sum() + 0.3 * x.sum(),
+        lambda x, y, data: ((y - x) ** 2).sum(),
+        lower_constraint=lambda x, y, data: -y,
+    )
+    report = bl.check_hypergradient(kinked, 0.0 * X[:1], Y[:1], bl.ImplicitKKT())
+    assert not report.is_trusted
+    assert "kink" in report.verdict

@@ -8,6 +8,7 @@ from bilevel.estimators._base import (
     refuse_constraints,
 )
 from bilevel.estimators.implicit import Implicit
+from bilevel.estimators.implicit_kkt import ImplicitKKT
 from bilevel.estimators.unrolled import Unrolled
 from bilevel.estimators.value_function import ValueFunction
 
@@ -15,6 +16,7 @@ __all__ = [
     "Estimate",
     "Estimator",
     "Implicit",
+    "ImplicitKKT",
     "Unrolled",
     "ValueFunction",
     "check_problem",

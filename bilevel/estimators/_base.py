@@ -6,7 +6,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from bilevel._errors import ObjectiveError
 from bilevel._oracle import Oracle
 from bilevel._problem import CONSTRAINTS, BilevelProblem, projected_by, ravel, scalar, split_data
 from bilevel._solution import Evaluations, Status
-from bilevel._types import Tree
+from bilevel._types import Objective, Tree
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,13 @@ class Estimate:
 
 
 class Estimator(ABC):
-    """Estimates the gradient of the upper value with respect to the upper variable."""
+    """Estimates the gradient of the upper value with respect to the upper variable.
+
+    Attributes:
+        constraints: The constraints of a `BilevelProblem` that the estimator takes into account, by field name.
+    """
+
+    constraints: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def estimate(
@@ -115,7 +122,8 @@ def hypergradient(
         problem: The problem.
         x: Upper variable.
         y: Where the lower solve starts.
-        method: The estimator, e.g. `Implicit()`.
+        method: The estimator, e.g. `Implicit()`. Constraints are refused unless the estimator takes them; upper ones
+            change no hypergradient.
         data: A `Batch`, or what both objectives get as their third argument.
 
     Returns:
@@ -135,7 +143,7 @@ def hypergradient(
         tensor([6.])
     """
     check_problem(problem, x, y, data)
-    refuse_constraints(problem, "hypergradient")
+    refuse_constraints(problem, "hypergradient", method.constraints)
     flat, (x_vector, y_vector), unravel_x, unravel_y = ravel(
         problem, _tree.detach(x), _tree.detach(y)
     )
@@ -143,13 +151,14 @@ def hypergradient(
     return replace(estimate, grad=unravel_x(estimate.grad), y=unravel_y(estimate.y))
 
 
-def refuse_constraints(problem: BilevelProblem, name: str) -> None:
-    """Raises where `problem` has constraints, which the caller called `name` would ignore."""
+def refuse_constraints(problem: BilevelProblem, name: str, allowed: tuple[str, ...] = ()) -> None:
+    """Raises where `problem` has constraints that are not `allowed`: the caller called `name` would ignore them."""
     for kind in CONSTRAINTS:
-        if getattr(problem, kind) is not None:
+        if getattr(problem, kind) is not None and kind not in allowed:
             raise ValueError(
                 f"`{name}` takes a domain of x, and no `BilevelProblem({kind}=...)` in this version. Got one. "
-                "Put bounds on x into `domain`, and a constraint on y into the objective as a penalty or a barrier."
+                "Put bounds on x into `domain`, and a constraint on y into the objective as a penalty or a barrier, "
+                "or use `ImplicitKKT` for lower constraints."
             )
 
 
@@ -189,6 +198,12 @@ def check_problem(problem: BilevelProblem, x: Tree, y: Tree, data: Any) -> None:
             "Use it in the lower objective, or leave it out of y0."
         )
     nowhere = [i for i in unused_in_upper[0] if i in unused_in_lower[0]]
+    for name in CONSTRAINTS if nowhere else ():
+        fun, of_level = getattr(problem, name), parts[0 if name.startswith("upper") else 1]
+        if fun is not None:
+            total = partial(_total, fun, of_level)
+            unused = unused_leaves(total, x, y)[0]
+            nowhere = [i for i in nowhere if i in unused]
     if nowhere:
         raise ObjectiveError(
             "The objectives must depend on every leaf of x. "
@@ -200,6 +215,10 @@ def check_problem(problem: BilevelProblem, x: Tree, y: Tree, data: Any) -> None:
             "`BilevelProblem(upper=...)` must depend on y. Got no dependence on any leaf of y0. "
             "Without it the problem has one level: minimize `upper` over x with any optimizer."
         )
+
+
+def _total(fun: Objective, data: Any, x: Tree, y: Tree) -> Tensor:
+    return fun(x, y, data).sum()
 
 
 def _check_domain(problem: BilevelProblem, x: Tree) -> None:

@@ -48,7 +48,7 @@ _AROUND = (0.3, 1.0, 1.0, 3.0)  # distances of the starts of the search for a be
 _ROUNDS = 6  # cuts at most from one start
 _CUTS = 6  # kept at most, the newest
 _ENDED_WITH_AN_ANSWER = (Status.CONVERGED, Status.LOWER_UNSOLVED, Status.STALLED)
-_VIOLATION, _GAP = 1e-7, 1e-5  # of an answer that holds, in units of the constraints and of f
+_VIOLATION, _GAP = 1e-7, 1e-7  # of an answer that holds, in units of the constraints and of f
 
 
 class Answer(NamedTuple):

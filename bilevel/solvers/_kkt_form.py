@@ -22,7 +22,7 @@ from torch import Tensor
 from bilevel import _autodiff
 from bilevel._problem import CONSTRAINTS, BilevelProblem, Box
 from bilevel._solution import Evaluations
-from bilevel.optim import _slsqp
+from bilevel.estimators import _slsqp
 from bilevel.solvers._walls import Units
 
 _LARGE = 300  # x, y and multipliers above which SLSQP is no longer the method

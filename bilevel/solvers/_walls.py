@@ -50,9 +50,9 @@ def measure(oracle: Oracle, x: Tensor, y: Tensor) -> Units:
     for name in CONSTRAINTS:
         fun = getattr(oracle.problem, name)
         if fun is not None:
-            at = _autodiff.LinearizedMap(partial(_flat, fun), x, y)
-            slopes: Any = (at.jacobian() ** 2).sum(1)
-            size = torch.maximum(at.value.abs(), reach * slopes.sqrt())
+            value, blocks = _autodiff.jacobian(partial(_flat, fun), x, y)
+            slopes: Any = (torch.cat(blocks, 1) ** 2).sum(1)
+            size = torch.maximum(value.abs(), reach * slopes.sqrt())
             sizes[name] = torch.where(size > 0.0, size, torch.ones_like(size))
     slopes = [
         math.hypot(*map(_tree.length, at[1:]))

@@ -70,7 +70,8 @@ class HypergradientDescent(Solver):
         self, problem: BilevelProblem, x0: Tree, y0: Tree, data: Any, *, full_batch: bool
     ) -> State:
         """See `Solver.init`."""
-        refuse_constraints(problem, "HypergradientDescent")
+        lower = tuple(c for c in self.estimator.constraints if c.startswith("lower"))
+        refuse_constraints(problem, "HypergradientDescent", lower)
         x, y = projected_by(problem.domain, _tree.detach(x0)), _tree.detach(y0)
         if not (full_batch or isinstance(self.upper_optimizer, Torch)):
             raise ValueError(

@@ -125,6 +125,6 @@ class _Program:
     def slopes(self, w: Any) -> Any:
         self._at(w)
         if self._slopes is None:
-            self._slopes = self._map.jacobian().double().cpu().numpy()
+            self._slopes = torch.cat(self._map.jacobian(), 1).double().cpu().numpy()
             self.slope_count += 1
         return self._slopes

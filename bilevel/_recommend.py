@@ -1,0 +1,256 @@
+"""Which method fits a problem, found by probing it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel import _tree
+from bilevel._errors import BilevelError
+from bilevel._oracle import Oracle
+from bilevel._problem import CONSTRAINTS, BilevelProblem, ravel
+from bilevel._solution import Status, table
+from bilevel._types import Tree
+from bilevel.estimators import Implicit, ImplicitKKT, check_problem
+from bilevel.estimators._kkt import KKTSystem
+from bilevel.estimators._search import LowerSolver, search
+from bilevel.linear import CG, Dense
+from bilevel.solvers import ASBLO, HypergradientDescent, Solver
+
+linalg: Any = torch.linalg  # its stubs are untyped
+_DENSE = 256  # largest y whose Hessian is formed
+_SOLVED = 3000  # largest y for which the lower problem is solved as a probe
+_PROBES = 20  # products with the Hessian above that
+_OFF = 0.5  # relative error of a product with the Hessian that is no rounding
+_SINGULAR = 1e-8  # smallest over largest curvature of what counts as positive definite
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """A method for a problem, and why; prints as a table.
+
+    Attributes:
+        method: The solver to pass to `solve`, or None where none of the library's can take the problem.
+        reasons: What was measured and speaks for it, in sentences.
+        refused: Names of methods that cannot work here, each with the reason.
+    """
+
+    method: Solver | None
+    reasons: tuple[str, ...]
+    refused: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        rows = [("method", "none" if self.method is None else _name(self.method))]
+        rows += [("because", reason) for reason in self.reasons]
+        rows += [("not", f"{name}: {reason}") for name, reason in self.refused]
+        return table(rows)
+
+
+def recommend(problem: BilevelProblem, x: Tree, y: Tree, data: Any = None) -> Recommendation:
+    """Name the solver that fits a problem, after probing it at (x, y).
+
+    Probed are the sizes, the constraints, whether f can be differentiated twice, the curvature of f at the lower
+    solution found from y (all eigenvalues up to 256 variables, above that the extreme ones by Lanczos' method), and
+    whether other starts find other lower solutions. Costs about as much as a certificate.
+
+    Args:
+        problem: The problem.
+        x: Upper variable at which to probe.
+        y: Where the lower solve starts.
+        data: A `Batch`, or what both objectives get as their third argument.
+
+    Returns:
+        The recommendation.
+
+    Raises:
+        StructureError: `x` or `y` is no tree of floating tensors.
+        ObjectiveError: An objective returns no scalar, or x or y is used by no objective.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> problem = bl.BilevelProblem(
+        ...     upper=lambda x, y, data: 0.5 * (x - y[1]) ** 2 + 0.5 * (y[0] - 1.0) ** 2,
+        ...     lower=lambda x, y, data: 0.5 * y[0] ** 2 - x * y[0] + 0.0 * y[1],
+        ... )
+        >>> found = bl.recommend(problem, torch.tensor(3.0), torch.zeros(2))
+        >>> type(found.method).__name__, [name for name, _ in found.refused]
+        ('ASBLO', ['Implicit', 'Unrolled'])
+    """
+    check_problem(problem, x, y, data)
+    flat, (u, v), _, _ = ravel(problem, _tree.detach(x), _tree.detach(y))
+    probe = _Probe(flat, u, v, data)
+    reasons = [f"{u.numel()} upper and {v.numel()} lower variables", *probe.findings]
+    refused: list[tuple[str, str]] = []
+    kinds = [kind for kind in CONSTRAINTS if getattr(problem, kind) is not None]
+    of_lower = [kind for kind in kinds if kind.startswith("lower")]
+    if probe.failure:
+        reason = f"{probe.failure}. State a lower problem that has a solution"
+        every = ("ASBLO", "Implicit", "ImplicitKKT", "Unrolled")
+        return Recommendation(None, tuple(reasons), tuple((name, reason) for name in every))
+    implicit: Solver | None = None
+    if not probe.differentiable:
+        reason = (
+            "f cannot be differentiated twice, which the linear system of the lower Hessian needs"
+        )
+        refused += [("Implicit", reason), ("Unrolled", reason)]
+    elif not probe.unique:
+        reason = f"y*(x) is no smooth function here: {probe.why}"
+        refused += [("ImplicitKKT" if of_lower else "Implicit", reason), ("Unrolled", reason)]
+    elif of_lower:
+        refused += [(name, f"it would ignore {of_lower[0]}") for name in ("Implicit", "Unrolled")]
+        implicit = HypergradientDescent(ImplicitKKT())
+    else:
+        implicit = HypergradientDescent(Implicit(Dense() if v.numel() <= _DENSE else CG()))
+    if implicit is not None and len(kinds) > len(of_lower):
+        refused.append(
+            (
+                "HypergradientDescent",
+                "it takes no upper constraints but a domain, and would ignore them",
+            )
+        )
+        implicit = None
+    if implicit is not None:
+        reasons.append(
+            "the lower solution is locally unique, so the implicit hypergradient is exact"
+        )
+        return Recommendation(implicit, tuple(reasons), tuple(refused))
+    asblo = ASBLO()
+    try:
+        asblo.init(problem, x, y, None, full_batch=True)
+    except (BilevelError, ValueError) as error:
+        refused.append(("ASBLO", str(error)))
+        return Recommendation(None, tuple(reasons), tuple(refused))
+    reasons.append("the value function needs first derivatives only, and no unique lower solution")
+    return Recommendation(asblo, tuple(reasons), tuple(refused))
+
+
+class _Probe:
+    """What was measured at a point.
+
+    Attributes:
+        differentiable: Whether f can be differentiated twice.
+        unique: Whether y*(x) seems to be a smooth function near x.
+        why: Why it is not.
+        failure: Why the lower problem has no solution, or empty.
+        findings: The measurements, in sentences.
+    """
+
+    def __init__(self, problem: BilevelProblem, x: Tensor, y: Tensor, data: Any) -> None:
+        self._oracle, self._x = Oracle(problem, data), x
+        self.differentiable, self.unique, self.why, self.failure = True, True, "", ""
+        self.findings: list[str] = []
+        missing = self._second_order(y)
+        if missing:
+            self.differentiable = False
+            self.findings.append(f"no second derivatives of f: {missing}")
+            return
+        size = max(_tree.length(y) / math.sqrt(y.numel()), 1e-2 * _tree.length(x), 1e-3)
+        if y.numel() <= _SOLVED:
+            y = self._solve(y, data, size)
+        if not self.failure:
+            self._curvature(y, data, size)
+
+    def _second_order(self, y: Tensor) -> str:
+        """Why f cannot be differentiated twice; empty where it can.
+
+        An operator that breaks the graph of its gradient may give zeros instead of an error: the product with
+        the Hessian is compared with differences of the gradient.
+        """
+        direction = torch.cos(torch.arange(y.numel())).to(y)
+        try:
+            twice = self._oracle.linearized(self._x, y)
+            product = twice.hvp(direction)
+            twice.mixed_vjp(direction)
+        except (RuntimeError, NotImplementedError) as error:
+            return str(error).splitlines()[0]
+        h = torch.finfo(y.dtype).eps ** (1.0 / 3.0) * max(1.0, float(y.abs().max()))
+        ends = [self._oracle.lower_grad_y(self._x, y + s * h * direction)[1] for s in (1.0, -1.0)]
+        measured = (ends[0] - ends[1]) / (2.0 * h)
+        size = _tree.length(measured)
+        noise = torch.finfo(y.dtype).eps ** 0.5 * _tree.length(ends[0])
+        if size > noise and _tree.length(product - measured) > _OFF * size:
+            return f"the product with its Hessian is {_tree.length(product):.3g}, by differences {size:.3g}"
+        return ""
+
+    def _solve(self, y: Tensor, data: Any, size: float) -> Tensor:
+        found = search(self._oracle, self._x, y, data, size, 1.0)
+        status = found.lowest.status if found.nearest.status is Status.CONVERGED else None
+        if status is Status.LOWER_UNBOUNDED or found.nearest.status is Status.LOWER_UNBOUNDED:
+            self.failure = Status.LOWER_UNBOUNDED.value
+        elif status is None:
+            self.failure = f"no lower solution was found from y ({found.nearest.status.value})"
+        limit = found.nearest.value + 1e-8 * found.height
+        apart = [
+            _tree.length(other.y - found.nearest.y) / math.sqrt(y.numel())
+            for other in found.minima[1:]
+            if other.value <= limit
+        ]
+        far = max(apart, default=0.0)
+        if far > 1e-2 * size:
+            self.unique = False
+            self.why = (
+                f"another start finds a lower solution that is as good or better, {far:.3g} away"
+            )
+            self.findings.append(self.why)
+        return found.nearest.y
+
+    def _curvature(self, y: Tensor, data: Any, size: float) -> None:
+        solver = LowerSolver(self._oracle, self._x, data, size)
+        if solver.constrained and y.numel() <= _DENSE:
+            point = solver.solve(y).point
+            system = KKTSystem(solver.kkt, point)
+            weak = int(solver.kkt.weakly_active(point, 1e-3).sum())
+            count = int(point.active.sum())
+            self.findings.append(f"{count} lower constraint(s) active, {weak} weakly")
+            if weak or not system.is_regular:
+                self.unique = False
+                self.why = (
+                    f"{weak} lower constraint(s) are weakly active"
+                    if weak
+                    else "its KKT matrix is singular"
+                )
+            return
+        low, high = self._extremes(y)
+        way = "by Lanczos' method" if y.numel() > _DENSE else "exactly"
+        self.findings.append(f"lower curvature from {low:.3g} to {high:.3g} ({way})")
+        eps = max(_SINGULAR, 10.0 * torch.finfo(y.dtype).eps)
+        if not low > eps * max(abs(high), abs(low)):
+            self.unique = False
+            self.why = "the lower Hessian is singular or indefinite"
+
+    def _extremes(self, y: Tensor) -> tuple[float, float]:
+        linear = self._oracle.linearized(self._x, y)
+        if y.numel() <= _DENSE:
+            hessian = linear.hessian()
+            if not _tree.is_finite(hessian):
+                return math.nan, math.nan
+            values = linalg.eigvalsh(hessian)
+            return float(values[0]), float(values[-1])
+        generator = torch.Generator().manual_seed(0)
+        v = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
+        basis, columns = [v / _tree.length(v)], list[Tensor]()
+        for _ in range(_PROBES):  # all products are kept orthogonal: there are few
+            columns.append(linear.hvp(basis[-1]))
+            w = columns[-1]
+            for _again in range(2):
+                for q in basis:
+                    w = w - (q @ w) * q
+            length = _tree.length(w)
+            if not length > 1e-10 * _tree.length(columns[-1]):
+                break
+            basis.append(w / length)
+        Q = torch.stack(basis[: len(columns)])
+        values = linalg.eigvalsh(Q @ torch.stack(columns).T)
+        return float(values[0]), float(values[-1])
+
+
+def _name(solver: Solver) -> str:
+    if isinstance(solver, HypergradientDescent):
+        inner = solver.estimator
+        linear = f"{type(inner.linear).__name__}()" if isinstance(inner, Implicit) else ""
+        return f"HypergradientDescent({type(inner).__name__}({linear}))"
+    return f"{type(solver).__name__}()"

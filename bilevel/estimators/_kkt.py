@@ -1,0 +1,474 @@
+r"""The constrained lower problem at a fixed x, and the linear system of its KKT conditions.
+
+At a solution y with multipliers $\lambda \ge 0$ of h and $\nu$ of $h_=$, $L = f + \lambda^\top h + \nu^\top h_=$,
+
+$$\nabla_y L = 0, \qquad h \le 0, \qquad \lambda^\top h = 0, \qquad h_= = 0.$$
+
+Where the gradients of the active constraints are independent, L is strictly convex along them, and no active
+constraint has a zero multiplier (strict complementarity), y and the multipliers are smooth functions of x.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bilevel import _autodiff, _tree
+from bilevel._errors import ObjectiveError
+from bilevel._oracle import CountedGradient, Oracle
+from bilevel._problem import BilevelProblem, split_data
+from bilevel._solution import Status
+
+linalg: Any = torch.linalg  # its stubs are untyped
+SINGULAR = 1e-10  # smallest over largest eigenvalue of what still counts as invertible
+_SOLVED = 1e-6  # relative KKT residual from which the polishing counts as done
+_POLISHING = 40  # Newton steps at most
+_FAR = 1e8  # growth of |y| at which a minimum is not believed to exist
+_NEAR = 1e-4  # relative distance up to which SciPy's answer may be from a constraint that holds it
+
+
+class Linearized(NamedTuple):
+    """A constraint at a point."""
+
+    value: Tensor  # (k,)
+    in_x: Tensor  # (k, m)
+    in_y: Tensor  # (k, n)
+
+
+@dataclass(frozen=True)
+class KKTPoint:
+    """A point of the lower problem and how well it satisfies the KKT conditions.
+
+    Attributes:
+        y: The point, shape (n,).
+        value: f there.
+        multipliers: Of h, shape (k,), >= 0.
+        equality_multipliers: Of the equalities, shape (l,).
+        active: Which of h hold y: those with a positive multiplier, shape (k,).
+        weak: Which of h are active with a multiplier of zero, shape (k,).
+        residual: Largest violation of the KKT conditions, each relative to its own size.
+        infeasibility: The part of `residual` that is due to the constraints.
+        status: CONVERGED, LOWER_UNSOLVED, LOWER_UNBOUNDED, INFEASIBLE or NONFINITE.
+    """
+
+    y: Tensor
+    value: float
+    multipliers: Tensor
+    equality_multipliers: Tensor
+    active: Tensor
+    weak: Tensor
+    residual: float
+    infeasibility: float
+    status: Status
+
+
+def constraint_values(fun: Any, x: Tensor, y: Tensor, data: Any) -> Tensor:
+    """A constraint as a vector; of no entries where there is none.
+
+    Raises:
+        ObjectiveError: It returns no floating tensor.
+    """
+    if fun is None:
+        return y.new_zeros(0)
+    value = fun(x, y, data)
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise ObjectiveError(
+            "A constraint of a `BilevelProblem` must return a floating-point tensor. "
+            f"Got {got}. Compute it with torch, e.g. `torch.stack([...])`."
+        )
+    return value.reshape(-1).to(y.dtype)
+
+
+def linearize(fun: Any, x: Tensor, y: Tensor, data: Any) -> Linearized:
+    """A constraint and its derivatives in x and in y."""
+
+    def fixed(u: Tensor, v: Tensor) -> Tensor:
+        return constraint_values(fun, u, v, data)
+
+    value, (in_x, in_y) = _autodiff.jacobian(fixed, x, y)
+    return Linearized(value, in_x, in_y)
+
+
+class ConstrainedLower:
+    """`min f(x, .)` under h <= 0 and h_= = 0 at fixed x.
+
+    Attributes:
+        size: The unit of y: what counts as a distance of one.
+    """
+
+    def __init__(self, oracle: Oracle, x: Tensor, data: Any, size: float) -> None:
+        self._oracle, self._x, self.size = oracle, x, size
+        self._data = split_data(data).lower
+        problem: BilevelProblem = oracle.problem
+        self._inequality, self._equality = problem.lower_constraint, problem.lower_equality
+
+    def constraints(self, y: Tensor) -> tuple[Linearized, Linearized]:
+        """H and the equalities at y, linearized."""
+        return (
+            linearize(self._inequality, self._x, y, self._data),
+            linearize(self._equality, self._x, y, self._data),
+        )
+
+    def infeasibility(self, y: Tensor) -> float:
+        """The distance of y from the linearized constraints, relative to the unit of y."""
+        inequality, equality = self.constraints(y)
+        return max(
+            _largest(inequality.value.clamp(min=0.0) / self._reach(inequality)),
+            _largest(equality.value.abs() / self._reach(equality)),
+        )
+
+    def _reach(self, constraint: Linearized) -> Tensor:
+        """How much each entry changes over one unit of y, (k,)."""
+        change = linalg.vector_norm(constraint.in_y, dim=1) * self.size
+        return torch.where(change > 0.0, change, torch.ones_like(change))
+
+    def lagrangian(self, point: KKTPoint) -> CountedGradient:
+        """The gradient of L in y at the point, with its products."""
+        problem = self._oracle.problem
+
+        def terms(u: Tensor, v: Tensor) -> Tensor:
+            held = (
+                (problem.lower_constraint, point.multipliers),
+                (problem.lower_equality, point.equality_multipliers),
+            )
+            parts = [m @ constraint_values(fun, u, v, self._data) for fun, m in held if fun]
+            return sum(parts, v.new_zeros(()))
+
+        return self._oracle.linearized(self._x, point.y, plus=terms)
+
+    def solve(self, y: Tensor) -> KKTPoint:
+        """The solution found from y: by polishing alone where y is nearly one, else by SciPy and polishing."""
+        start = self._polish(y)
+        is_near = _tree.length(start.y - y) <= 1e-2 * self.size * math.sqrt(y.numel())
+        if start.status is Status.CONVERGED and is_near and self._is_minimum(start):
+            return start
+        best = start
+        for method in ("SLSQP", "trust-constr"):
+            found = self._by_scipy(method, y if best is start else best.y)
+            if found.status in (Status.NONFINITE, Status.LOWER_UNBOUNDED):
+                return found
+            if best is start or found.residual < best.residual:
+                best = found
+            if best.status is Status.CONVERGED:
+                return best
+        if best.infeasibility > _SOLVED:
+            return replace(best, status=Status.INFEASIBLE)
+        return best
+
+    def _by_scipy(self, method: str, y: Tensor) -> KKTPoint:
+        import scipy.optimize  # pyright: ignore[reportMissingTypeStubs]
+
+        optimize: Any = scipy.optimize
+        value, grad = self._oracle.lower_grad_y(self._x, y)
+        near = y + self.size * torch.cos(torch.arange(y.numel())).to(
+            y
+        )  # the start may be stationary
+        scale = max(_tree.length(grad), _tree.length(self._oracle.lower_grad_y(self._x, near)[1]))
+        if not (math.isfinite(float(value)) and math.isfinite(scale)):
+            return _without_answer(y, Status.NONFINITE)
+        scale = scale or 1.0
+        offset, far, last = float(value), _FAR * (self.size + _tree.length(y)), y
+
+        def objective(vector: Any) -> tuple[float, Any]:
+            nonlocal last
+            point = torch.as_tensor(vector).to(y)
+            value, grad = self._oracle.lower_grad_y(self._x, point)
+            if not (math.isfinite(float(value)) and _tree.is_finite(grad)):
+                return 1e300, grad.nan_to_num(0.0).double().numpy()
+            last = point
+            if _tree.length(point) > far:
+                raise _FarAwayError
+            return (float(value) - offset) / scale, (grad / scale).double().numpy()
+
+        conditions = self._scipy_constraints(optimize, method, y)
+        options = {"maxiter": 300} | ({"ftol": 1e-14} if method == "SLSQP" else {"gtol": 1e-10})
+        try:
+            with warnings.catch_warnings():  # of steps that SciPy then rejects
+                warnings.simplefilter("ignore", RuntimeWarning)
+                warnings.simplefilter("ignore", UserWarning)
+                result = optimize.minimize(
+                    objective,
+                    y.double().numpy(),
+                    jac=True,
+                    method=method,
+                    constraints=conditions,
+                    options=options,
+                )
+        except _FarAwayError:
+            return _without_answer(last, Status.LOWER_UNBOUNDED)
+        return self._polish(torch.as_tensor(result.x).to(y))
+
+    def _scipy_constraints(self, optimize: Any, method: str, y: Tensor) -> list[Any]:
+        """The constraints as the method wants them, each entry in units of its change over one unit of y."""
+        found: list[Any] = []
+        for kind, fun in (("ineq", self._inequality), ("eq", self._equality)):
+            if fun is None:
+                continue
+            reach = self._reach(linearize(fun, self._x, y, self._data))
+            entry = _Entry(partial(self._at, fun, reach, y))
+            if method == "SLSQP":
+                found.append({"type": kind, "fun": entry.minus_value, "jac": entry.minus_slope})
+            else:
+                low = -math.inf if kind == "ineq" else 0.0
+                found.append(optimize.NonlinearConstraint(entry.value, low, 0.0, jac=entry.slope))
+        return found
+
+    def _at(self, fun: Any, reach: Tensor, like: Tensor, vector: Any) -> tuple[Any, Any]:
+        here = linearize(fun, self._x, torch.as_tensor(vector).to(like), self._data)
+        value, in_y = here.value / reach, here.in_y / reach[:, None]
+        return value.double().numpy(), in_y.double().numpy()
+
+    def _polish(self, y: Tensor) -> KKTPoint:
+        """Newton's method on the KKT equations; the active set follows the signs of lambda + c h."""
+        point = self._measured(y, *self._multipliers(y))
+        best, worse = point, 0
+        for _ in range(_POLISHING):
+            if not math.isfinite(point.residual):
+                break
+            system = KKTSystem(self, point)
+            inequality, equality = self.constraints(point.y)
+            step = system.newton(inequality, equality)
+            length = _tree.length(step.y)
+            if not math.isfinite(length) or length > 1e3 * self.size * math.sqrt(y.numel()):
+                break
+            point = self._measured(point.y + step.y, step.multipliers, step.equality_multipliers)
+            worse = 0 if point.residual < 0.5 * best.residual else worse + 1
+            if point.residual < best.residual:
+                best = point
+            if worse >= 4:
+                break
+        return best
+
+    def _multipliers(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The multipliers of the nearly active constraints that explain the gradient of f best."""
+        grad = self._oracle.lower_grad_y(self._x, y)[1]
+        inequality, equality = self.constraints(y)
+        near = inequality.value >= -_NEAR * self._reach(inequality)
+        found, nu = fit_multipliers(grad, inequality.in_y[near], equality.in_y)
+        multipliers = torch.zeros_like(inequality.value)
+        multipliers[near] = found
+        return multipliers, nu
+
+    def _measured(self, y: Tensor, multipliers: Tensor, nu: Tensor) -> KKTPoint:
+        """The point with its residual, and the active set that its signs tell."""
+        value, grad = self._oracle.lower_grad_y(self._x, y)
+        inequality, equality = self.constraints(y)
+        reach = self._reach(inequality)
+        raw = KKTPoint(
+            y, float(value), multipliers, nu, multipliers > 0.0, multipliers < 0.0, math.inf, 0.0,
+            Status.LOWER_UNSOLVED,
+        )  # fmt: skip
+        if not (math.isfinite(raw.value) and all(map(_tree.is_finite, (grad, multipliers, nu)))):
+            return replace(raw, status=Status.NONFINITE)
+        linear = self.lagrangian(raw)
+        hessian = linear.hessian()
+        scale = max(_tree.length(grad), float(linalg.matrix_norm(hessian)) * self.size)
+        scale = scale or 1.0
+        stationarity = _tree.length(linear.grad) / scale
+        force = multipliers * reach / (scale * self.size)  # both in units, so that they compare
+        depth = inequality.value / reach
+        complementarity = _largest(torch.minimum(-depth, force).abs())
+        infeasibility = max(
+            _largest(depth.clamp(min=0.0)), _largest(equality.value.abs() / self._reach(equality))
+        )
+        residual = max(stationarity, complementarity, infeasibility)
+        solved = residual <= max(1e-9, 1e3 * torch.finfo(y.dtype).eps)
+        active = force + depth > 0.0
+        return replace(
+            raw,
+            active=active,
+            weak=(depth.abs() <= _SOLVED) & (force.abs() <= _SOLVED),
+            residual=residual,
+            infeasibility=infeasibility,
+            status=Status.CONVERGED if solved else Status.LOWER_UNSOLVED,
+        )
+
+    def weakly_active(self, point: KKTPoint, tol: float) -> Tensor:
+        """Which of h are within `tol` of being active with a zero multiplier, in units of each, (k,)."""
+        inequality, _ = self.constraints(point.y)
+        grad = self._oracle.lower_grad_y(self._x, point.y)[1]
+        hessian = self.lagrangian(point).hessian()
+        scale = max(_tree.length(grad), float(linalg.matrix_norm(hessian)) * self.size) or 1.0
+        reach = self._reach(inequality)
+        force = point.multipliers * reach / (scale * self.size)
+        return ((inequality.value / reach).abs() <= tol) & (force.abs() <= tol)
+
+    def _is_minimum(self, point: KKTPoint) -> bool:
+        curvature = KKTSystem(self, point).curvature
+        return curvature is None or curvature >= -1e-8
+
+
+class _Entry:
+    """A constraint as SciPy calls it."""
+
+    def __init__(self, at: Callable[[Any], tuple[Any, Any]]) -> None:
+        self._at = at
+
+    def value(self, vector: Any) -> Any:
+        return self._at(vector)[0]
+
+    def slope(self, vector: Any) -> Any:
+        return self._at(vector)[1]
+
+    def minus_value(self, vector: Any) -> Any:
+        return -self._at(vector)[0]
+
+    def minus_slope(self, vector: Any) -> Any:
+        return -self._at(vector)[1]
+
+
+class NewtonStep(NamedTuple):
+    """A step in y, and the multipliers after it."""
+
+    y: Tensor
+    multipliers: Tensor
+    equality_multipliers: Tensor
+
+
+class KKTSystem:
+    """The matrix of the KKT equations over the active constraints.
+
+    Attributes:
+        curvature: Smallest eigenvalue of the Hessian of L along the active constraints, relative to its norm; None
+            where they leave no direction.
+        is_regular: Whether the matrix can be inverted and the curvature is positive.
+        rows: Gradients in y of the active constraints, the equalities last, shape (a, n).
+        rows_x: The same in x, shape (a, m).
+        hessian: Of L in y, shape (n, n).
+    """
+
+    def __init__(self, lower: ConstrainedLower, point: KKTPoint) -> None:
+        self._point, self.linear = point, lower.lagrangian(point)
+        inequality, equality = lower.constraints(point.y)
+        self.rows = torch.cat([inequality.in_y[point.active], equality.in_y])
+        self.rows_x = torch.cat([inequality.in_x[point.active], equality.in_x])
+        self.hessian = self.linear.hessian()
+        # rows in units of the Hessian, so that the condition number means something
+        size = float(linalg.matrix_norm(self.hessian)) or 1.0
+        norms = linalg.vector_norm(self.rows, dim=1)
+        self._weights = size / torch.where(norms > 0.0, norms, torch.ones_like(norms))
+        scaled = self.rows * self._weights[:, None]
+        corner = self.rows.new_zeros((self.rows.shape[0],) * 2)
+        self.matrix = torch.cat(
+            [torch.cat([self.hessian, scaled.T], 1), torch.cat([scaled, corner], 1)]
+        )
+        self._size = size
+
+    @property
+    def curvature(self) -> float | None:
+        if not _tree.is_finite(self.matrix):
+            return -math.inf
+        free = _null_space(self.rows)
+        if free.shape[1] == 0:
+            return None
+        reduced = free.T @ self.hessian @ free
+        return float(linalg.eigvalsh(reduced)[0]) / self._size
+
+    @property
+    def is_regular(self) -> bool:
+        if not _tree.is_finite(self.matrix):
+            return False
+        eps = max(SINGULAR, 10.0 * torch.finfo(self.matrix.dtype).eps)
+        sizes = linalg.svdvals(self.matrix)
+        curvature = self.curvature
+        return float(sizes[-1]) > eps * float(sizes[0]) and (curvature is None or curvature > eps)
+
+    def solve(self, of_y: Tensor) -> tuple[Tensor, Tensor, float]:
+        """(p, q) with the matrix times (p, q) equal to (of_y, 0), and the relative residual."""
+        right = torch.cat([of_y, of_y.new_zeros(self.rows.shape[0])])
+        solution = _least_squares(self.matrix, right)
+        residual = _tree.length(self.matrix @ solution - right) / (_tree.length(right) or 1.0)
+        n = of_y.numel()
+        return solution[:n], solution[n:] * self._weights, residual
+
+    def pull_back(self, p: Tensor, q: Tensor) -> Tensor:
+        """The derivative in x of the KKT equations, transposed, times (p, q), shape (m,)."""
+        return self.linear.mixed_vjp(p) + self.rows_x.T @ q
+
+    def newton(self, inequality: Linearized, equality: Linearized) -> NewtonStep:
+        """One step on the KKT equations, the inactive multipliers set to zero."""
+        point = self._point
+        held = torch.cat([inequality.value[point.active], equality.value])
+        old = torch.cat([point.multipliers[point.active], point.equality_multipliers])
+        # grad L without the multipliers that are set to zero
+        dropped = (point.multipliers * ~point.active) @ inequality.in_y
+        grad = self.linear.grad - dropped
+        right = -torch.cat([grad, held * self._weights])
+        solution = _least_squares(self.matrix, right)
+        n = point.y.numel()
+        new = old + solution[n:] * self._weights
+        count = int(point.active.sum())
+        multipliers = torch.zeros_like(point.multipliers)
+        multipliers[point.active] = new[:count]
+        return NewtonStep(solution[:n], multipliers, new[count:])
+
+
+def fit_multipliers(grad: Tensor, rows: Tensor, equality_rows: Tensor) -> tuple[Tensor, Tensor]:
+    r"""$\lambda \ge 0$ and $\nu$ that minimize $|g + A^\top \lambda + E^\top \nu|$.
+
+    Args:
+        grad: g, shape (n,).
+        rows: A, shape (k, n).
+        equality_rows: E, shape (l, n).
+    """
+    import scipy.optimize  # pyright: ignore[reportMissingTypeStubs]
+
+    optimize: Any = scipy.optimize
+    both = torch.cat([rows, equality_rows, -equality_rows])
+    norms = linalg.vector_norm(both, dim=1)
+    weights = 1.0 / torch.where(norms > 0.0, norms, torch.ones_like(norms))
+    if both.shape[0] == 0 or not (_tree.is_finite(both) and _tree.is_finite(grad)):
+        return rows.new_zeros(rows.shape[0]), rows.new_zeros(equality_rows.shape[0])
+    columns = (both * weights[:, None]).T.double().numpy()
+    size = _tree.length(grad) or 1.0
+    found = optimize.nnls(columns, (-grad / size).double().numpy(), maxiter=30 * both.shape[0])[0]
+    found = torch.as_tensor(found).to(grad) * weights * size
+    k, count = rows.shape[0], equality_rows.shape[0]
+    return found[:k], found[k : k + count] - found[k + count :]
+
+
+def _null_space(rows: Tensor) -> Tensor:
+    """An orthonormal basis of what is orthogonal to the rows, shape (n, n - rank)."""
+    n = rows.shape[1]
+    if rows.shape[0] == 0:
+        return torch.eye(n, dtype=rows.dtype, device=rows.device)
+    norms = linalg.vector_norm(rows, dim=1, keepdim=True)
+    unit = rows / torch.where(norms > 0.0, norms, torch.ones_like(norms))
+    _, sizes, basis = linalg.svd(unit, full_matrices=True)
+    rank = int((sizes > 1e-8).sum())
+    return basis[rank:].T
+
+
+def _least_squares(matrix: Tensor, right: Tensor) -> Tensor:
+    """The solution of smallest norm; where the matrix is regular, the solution."""
+    factors, pivots, info = linalg.lu_factor_ex(matrix)
+    sizes = factors.diagonal().abs()
+    if int(info) == 0 and float(sizes.min()) > SINGULAR * float(sizes.max()):
+        solution = linalg.lu_solve(factors, pivots, right[:, None])[:, 0]
+        correction = right - matrix @ solution  # one step of refinement
+        return solution + linalg.lu_solve(factors, pivots, correction[:, None])[:, 0]
+    if not _tree.is_finite(matrix):
+        return torch.full_like(right, math.nan)
+    return linalg.pinv(matrix, rtol=SINGULAR) @ right
+
+
+def _largest(values: Tensor) -> float:
+    return float(values.max()) if values.numel() else 0.0
+
+
+def _without_answer(y: Tensor, status: Status) -> KKTPoint:
+    none, no = y.new_zeros(0), torch.zeros(0, dtype=torch.bool)
+    value = -math.inf if status is Status.LOWER_UNBOUNDED else math.nan
+    return KKTPoint(y, value, none, none, no, no, math.inf, math.inf, status)
+
+
+class _FarAwayError(Exception):
+    """Ends SciPy's run where f falls without bound."""

@@ -1,0 +1,220 @@
+"""The lower problem solved again and again: locally, and from many starts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel import _tree
+from bilevel._oracle import CountedGradient, Oracle
+from bilevel._solution import Status
+from bilevel.estimators._gap import RegularizedLower
+from bilevel.estimators._kkt import ConstrainedLower, KKTPoint
+from bilevel.optim import Newton
+from bilevel.optim._base import Minimum, Point, SmoothFunction
+
+_RADII = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # of the random starts, in units of y
+_SMALL, _MEDIUM = 300, 3000  # sizes of y up to which all starts, or few, can be afforded
+_PATH = (
+    0.0,
+    0.3,
+    1.0,
+    3.0,
+    10.0,
+)  # weights of f against F on the way from the minimum of F to one of f
+_FAR = 100.0  # growth of y at which the path from there is given up
+_TO_UPPER = 8  # Newton steps for each
+_SAME = 1e-8  # of the heights of the starts: minima nearer to each other count as one
+
+
+@dataclass(frozen=True)
+class Local:
+    """A local solve of the lower problem.
+
+    Attributes:
+        y: Where it ended, shape (n,).
+        value: f there, `-inf` where f falls without bound.
+        status: CONVERGED (to rounding, too), or why it is no solution.
+        point: With the multipliers.
+    """
+
+    y: Tensor
+    value: float
+    status: Status
+    point: KKTPoint
+
+
+class LowerSolver:
+    """Solves `min f(x, .)` locally: by Newton's method, or with constraints by SciPy and the KKT equations.
+
+    Attributes:
+        constrained: Whether the lower problem has constraints.
+        kkt: The lower problem with its KKT system.
+    """
+
+    def __init__(self, oracle: Oracle, x: Tensor, data: Any, size: float) -> None:
+        problem = oracle.problem
+        self.constrained = bool(problem.lower_constraint or problem.lower_equality)
+        self.kkt = ConstrainedLower(oracle, x, data, size)
+        self._oracle, self._x = oracle, x
+        self._hessian: Tensor | None = None
+        self._newton = Newton()
+
+    def solve(self, y: Tensor) -> Local:
+        """The solution found from y."""
+        if self.constrained:
+            point = self.kkt.solve(y)
+            return Local(point.y, point.value, point.status, point)
+        lower = RegularizedLower(self._oracle, self._x, 0.0, self._hessian)
+        start = lower.evaluate(y)
+        found = self._newton.minimize(lower, start, 1e-10 * _tree.length(start.grad))
+        self._hessian = lower.lower_hessian
+        value = found.point.value
+        if found.status is Status.LOWER_UNBOUNDED:
+            value = -math.inf
+        elif not math.isfinite(value):
+            value = math.nan
+        status = found.status
+        if status is Status.STALLED and found.residual <= 1e-6 * _tree.length(start.grad):
+            status = Status.CONVERGED
+        return Local(found.point.y, value, status, free_point(found.point.y, value))
+
+
+def free_point(y: Tensor, value: float) -> KKTPoint:
+    """A point of a lower problem without constraints."""
+    none, no = y.new_zeros(0), torch.zeros(0, dtype=torch.bool)
+    return KKTPoint(y, value, none, none, no, no, 0.0, 0.0, Status.CONVERGED)
+
+
+@dataclass(frozen=True)
+class Search:
+    """What the starts found.
+
+    Attributes:
+        nearest: The solve from the point itself.
+        lowest: The lowest minimum of f found.
+        minima: All local solutions found, that from the point itself first.
+        starts: Number of starts.
+        height: Largest |f| at a start.
+        lower_size: How much f rises within one unit of y from its minimum.
+        upper_size: How much F changes within one unit of y.
+    """
+
+    nearest: Local
+    lowest: Local
+    minima: tuple[Local, ...]
+    starts: int
+    height: float
+    lower_size: float
+    upper_size: float
+
+
+def search(oracle: Oracle, x: Tensor, y: Tensor, data: Any, size: float, sign: float) -> Search:
+    """Solve the lower problem from `y`, from points around it, and from where `sign F` is small.
+
+    Args:
+        oracle: The problem over vectors.
+        x: Upper variable, shape (m,).
+        y: The point, shape (n,).
+        data: The data of the problem.
+        size: The unit of y.
+        sign: 1 where y should minimize F over the lower solutions, -1 where it should maximize it.
+    """
+    solver = LowerSolver(oracle, x, data, size)
+    nearest = solver.solve(y)
+    if nearest.status in (Status.NONFINITE, Status.LOWER_UNBOUNDED):
+        return Search(nearest, nearest, (nearest,), 1, 0.0, 0.0, 0.0)
+    starts = _around(y, size)
+    units = starts[:3]  # the radii up to one unit
+    rises = [abs(float(oracle.lower(x, v)) - nearest.value) for v in units]
+    changes = [abs(float(oracle.upper(x, v)) - float(oracle.upper(x, y))) for v in units[-1:]]
+    if y.numel() <= _SMALL:
+        starts = [*starts, _toward_upper(oracle, x, nearest.y, size, sign)]
+    else:
+        starts = starts[::3] if y.numel() <= _MEDIUM else []
+    found, lowest, height = [nearest], nearest, abs(nearest.value)
+    for start in starts:
+        value = float(oracle.lower(x, start))
+        if not math.isfinite(value):
+            continue
+        height = max(height, abs(value)) if not solver.constrained else height
+        local = solver.solve(start)
+        if local.status is Status.LOWER_UNBOUNDED:
+            lowest = local
+            break
+        if local.status is not Status.CONVERGED:
+            continue
+        found.append(local)
+        if local.value < lowest.value - _SAME * height:
+            lowest = local
+    return Search(
+        nearest,
+        lowest,
+        tuple(found),
+        1 + len(starts),
+        height,
+        _range(rises),
+        _range(changes),
+    )
+
+
+def _range(changes: list[float]) -> float:
+    """The largest finite one."""
+    return max([change for change in changes if math.isfinite(change)], default=0.0)
+
+
+def _around(y: Tensor, size: float) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)  # the same starts at every call
+    noise = torch.randn(len(_RADII), y.numel(), generator=generator, dtype=torch.float64).to(y)
+    return [y + radius * size * row for radius, row in zip(_RADII, noise, strict=True)]
+
+
+class _Weighted(SmoothFunction):
+    """`sign F(x, .) + weight f(x, .)` at fixed x."""
+
+    def __init__(self, oracle: Oracle, x: Tensor, sign: float, weight: float) -> None:
+        self._oracle, self._x, self._sign, self._weight = oracle, x, sign, weight
+
+    def _at(self, y: Tensor) -> CountedGradient:
+        return self._oracle.linearized(self._x, y, upper=self._sign, lower=self._weight)
+
+    def evaluate(self, y: Tensor) -> Point:
+        linear = self._at(y)
+        value = float(linear.value)
+        return Point(y, value, linear.grad, torch.finfo(y.dtype).eps * abs(value))
+
+    @property
+    def has_hessian(self) -> bool:
+        return False
+
+    def hessian(self, point: Point, *, refresh: bool) -> Tensor:
+        return self._at(point.y).hessian()
+
+    def hvp(self, point: Point) -> Any:
+        return self._at(point.y).hvp
+
+
+def _toward_upper(oracle: Oracle, x: Tensor, y: Tensor, size: float, sign: float) -> Tensor:
+    """Where a path from the minimum of `sign F` to a minimum of f ends: F chooses the basin.
+
+    Minimizing f at once from the minimum of F may step over the basin next to it.
+    """
+    far = _FAR * (size + _tree.length(x) + _tree.length(y))
+    here, ratio = y, 0.0
+    for weight in _PATH:
+        fun = _Weighted(oracle, x, sign, weight * ratio)
+        found: Minimum = Newton(max_steps=_TO_UPPER).minimize(
+            fun, fun.evaluate(here), stop=lambda point: _tree.length(point.y - y) > far
+        )
+        if not _tree.is_finite(found.point.y):
+            break
+        here = found.point.y
+        if weight == 0.0:  # f in units of F, over this distance
+            change = abs(float(oracle.upper(x, here)) - float(oracle.upper(x, y)))
+            rise = abs(float(oracle.lower(x, here)) - float(oracle.lower(x, y)))
+            ratio = change / rise if rise > 0.0 and math.isfinite(rise) else 1.0
+    return here

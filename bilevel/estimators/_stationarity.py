@@ -1,0 +1,441 @@
+r"""Whether (x, y) is stationary for the upper level, along the lower solutions.
+
+Where y*(x) is smooth, the hypergradient of F and of each upper constraint is known by implicit differentiation,
+and the multipliers of the nearly active ones are fitted by non-negative least squares. Where it is not - S(x)
+holds many points, or a constraint is weakly active - that formula does not hold, and the linearized problem in
+x, y and the multipliers is solved on each branch of the complementarity conditions instead: there y may move
+along the lower solutions as well, as the optimistic value function lets it.
+
+Either way a direction only counts where a step along it, with the lower problem solved again, lowers F.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel import _tree
+from bilevel._oracle import Oracle
+from bilevel._problem import Box, split_data
+from bilevel._solution import Status
+from bilevel.estimators._kkt import (
+    KKTPoint,
+    KKTSystem,
+    Linearized,
+    constraint_values,
+    fit_multipliers,
+    linearize,
+)
+from bilevel.estimators._search import Local, LowerSolver
+from bilevel.linear import CG
+
+linalg: Any = torch.linalg  # its stubs are untyped
+_RIVALS = 3  # other lower minima that are followed along a step
+DENSE = 256  # largest y whose Hessian is formed
+_LINEAR_PROGRAM = 400  # largest number of x and y together for the linearized problem
+_BRANCHES = 5  # weakly active constraints whose combinations are all tried
+_WEAK = 1e-3  # in units: multipliers and distances up to which a constraint is weakly active
+_LINEAR_SOLVED = 1e-6  # relative residual up to which the linear system counts as solved
+
+
+@dataclass(frozen=True)
+class Stationarity:
+    """What was found about the upper level.
+
+    Attributes:
+        hypergradient: Norm of the projected gradient of the Lagrangian, or None where there is none.
+        curvature: Smallest eigenvalue of the lower Hessian along the active constraints, or None.
+        problem: What is wrong, or empty.
+        tested: What holds, in sentences.
+        assumptions: What was not tested.
+    """
+
+    hypergradient: float | None
+    curvature: float | None
+    problem: str
+    tested: tuple[str, ...]
+    assumptions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Units:
+    """Sizes that make the tolerances relative.
+
+    Attributes:
+        x: The unit of x.
+        y: The unit of y.
+        upper: How much F changes within one unit of y.
+        step: The step of the test, in units of x and y.
+    """
+
+    x: float
+    y: float
+    upper: float
+    step: float
+
+
+class UpperLevel:
+    """The upper level at a point whose lower problem is solved; `others` are the other lower minima known."""
+
+    def __init__(
+        self,
+        oracle: Oracle,
+        x: Tensor,
+        local: Local,
+        others: Sequence[Local],
+        data: Any,
+        units: Units,
+        sign: float,
+    ) -> None:
+        self._others = _rivals(local, others, units.y)
+        self._oracle, self._x, self._local, self._data = oracle, x, local, data
+        self._y, self._units, self._sign = local.y, units, sign
+        problem, upper_data = oracle.problem, split_data(data).upper
+        value, self._upper_x, self._upper_y = oracle.upper_grad(x, local.y)
+        self._value = float(value)
+        self._held = linearize(problem.upper_constraint, x, local.y, upper_data)
+        self._equal = linearize(problem.upper_equality, x, local.y, upper_data)
+        self._upper_data = upper_data
+
+    def examine(self) -> Stationarity:
+        """Find out whether F falls along the lower solutions."""
+        n = self._y.numel()
+        solver = LowerSolver(self._oracle, self._x, self._data, self._units.y)
+        if n > DENSE:
+            if solver.constrained:
+                return _untested(f"the upper level is stationary (not tested above {DENSE} y)")
+            return self._smooth(None, None)
+        system = KKTSystem(solver.kkt, self._local.point)
+        relative = system.curvature
+        size = float(linalg.matrix_norm(system.hessian)) if relative is not None else 0.0
+        curvature = None if relative is None or not math.isfinite(size) else relative * size
+        if not _tree.is_finite(system.matrix):
+            return _untested("the upper level is stationary: the lower Hessian is not finite here")
+        weak = solver.kkt.weakly_active(self._local.point, _WEAK)
+        if system.is_regular and not bool(weak.any()):
+            return self._smooth(system, curvature)
+        return self._degenerate(solver, system, curvature, weak)
+
+    # ------------------------------------------------------------------ where y*(x) is smooth
+
+    def _smooth(self, system: KKTSystem | None, curvature: float | None) -> Stationarity:
+        assumptions: list[str] = []
+        if system is None:
+            assumptions.append(
+                f"the lower Hessian is positive definite (not tested above {DENSE} variables)"
+            )
+        pulled = self._reduced(system, self._upper_x, self._upper_y)
+        held, equal = (self._reduced_rows(system, c) for c in (self._held, self._equal))
+        if pulled is None or held is None or equal is None:
+            return _untested(
+                "the upper level is stationary: the lower Hessian's linear system was not solved"
+            )
+        domain, x = self._oracle.problem.domain, self._x
+        reach = self._units.step * math.sqrt(x.numel()) * self._units.x
+        slopes = linalg.vector_norm(held, dim=1)
+        near = self._held.value >= -reach * torch.where(slopes > 0.0, slopes, 1.0)
+        low = high = torch.zeros_like(x, dtype=torch.bool)
+        if isinstance(domain, Box):
+            bounds = domain.bounds(x)
+            low, high = x - bounds[0] <= reach, bounds[1] - x <= reach
+        identity = torch.eye(x.numel(), dtype=x.dtype) if bool((low | high).any()) else None
+        walls = [] if identity is None else [-identity[low], identity[high]]
+        residual, weights, nu = pulled, held.new_zeros(held.shape[0]), equal.new_zeros(0)
+        if bool(near.any()) or walls or equal.shape[0]:
+            rows = torch.cat([held[near], *walls])
+            found, nu = fit_multipliers(pulled, rows, equal)
+            residual = pulled + rows.T @ found + equal.T @ nu
+            weights[near] = found[: int(near.sum())]
+        if domain is not None and not isinstance(domain, Box) and (held.shape[0] or nu.numel()):
+            assumptions.append("the domain and the upper constraints do not hold x together")
+        tested = ["the upper level is stationary along the implicit derivative of y"]
+        if system is not None:
+            tested.insert(
+                0, "the lower solution is locally unique: its Hessian is positive definite"
+            )
+        if system is not None and system.rows.shape[0]:
+            tested.insert(
+                1, "strict complementarity: each active lower constraint has a multiplier"
+            )
+        size = _tree.length(residual)
+        problem = ""
+        if size > 0.0:
+            moved = x - reach * residual / size
+            moved = moved if domain is None else domain(moved)
+            expected = float(residual @ (x - moved))
+            gain = self._lagrangian_falls(moved, weights, nu)
+            if expected > self._noise() and gain >= 0.5 * expected:
+                problem = (
+                    f"x is not stationary: the hypergradient has norm {size:.3g}, and F falls by {gain:.3g} over a "
+                    f"step of {_tree.length(x - moved):.3g}, as the slope {expected:.3g} says (at a minimum it would "
+                    f"turn within that step, {self._units.step:.2g} of the size of x)"
+                )
+        projected = residual
+        if domain is not None and not isinstance(domain, Box):
+            projected = x - domain(x - residual)
+        elif isinstance(domain, Box):
+            projected = x - domain(x - (pulled + held.T @ weights + equal.T @ nu))
+        return Stationarity(
+            _tree.length(projected),
+            curvature,
+            problem,
+            () if problem else tuple(tested),
+            tuple(assumptions),
+        )
+
+    def _reduced(self, system: KKTSystem | None, of_x: Tensor, of_y: Tensor) -> Tensor | None:
+        """The derivative in x of a function of (x, y*(x)) whose partial derivatives are given."""
+        if system is None:
+            linear = self._oracle.linearized(self._x, self._y)
+            v = CG().solve(linear.hvp, of_y)
+            size = _tree.length(of_y) or 1.0
+            tolerance = max(_LINEAR_SOLVED, 100.0 * torch.finfo(v.dtype).eps)
+            if not _tree.length(linear.hvp(v) - of_y) <= tolerance * size:
+                return None
+            return of_x - linear.mixed_vjp(v)
+        p, q, residual = system.solve(of_y)
+        tolerance = max(_LINEAR_SOLVED, 100.0 * torch.finfo(p.dtype).eps)
+        return of_x - system.pull_back(p, q) if residual <= tolerance else None
+
+    def _reduced_rows(self, system: KKTSystem | None, held: Linearized) -> Tensor | None:
+        pairs = zip(held.in_x, held.in_y, strict=True)
+        rows = [self._reduced(system, of_x, of_y) for of_x, of_y in pairs]
+        solved = [row for row in rows if row is not None]
+        if len(solved) < len(rows):
+            return None
+        return torch.stack(solved) if solved else held.in_x
+
+    def _lagrangian_falls(self, x: Tensor, weights: Tensor, nu: Tensor) -> float:
+        """How much `F + weights H + nu H_=` falls from the point to x, with y solved again."""
+        solver = LowerSolver(self._oracle, x, self._data, self._units.y)
+        solved = solver.solve(self._y)
+        if solved.status is not Status.CONVERGED or self._is_overtaken(solver, solved):
+            return 0.0
+        problem, gain = self._oracle.problem, 0.0
+        for fun, held, factors in (
+            (problem.upper_constraint, self._held, weights),
+            (problem.upper_equality, self._equal, nu),
+        ):
+            if factors.numel() and bool(factors.any()):
+                with torch.no_grad():
+                    there = constraint_values(fun, x, solved.y, self._upper_data)
+                gain += float(factors @ (held.value - there))
+        return gain + self._value - float(self._oracle.upper(x, solved.y))
+
+    def _is_overtaken(self, solver: LowerSolver, solved: Local) -> bool:
+        """Whether another minimum of f is the lower one here, so that y would jump to it."""
+        eps = torch.finfo(solved.y.dtype).eps
+        found = [solver.solve(y) for y in self._others]
+        least = min(
+            [other.value for other in found if other.status is Status.CONVERGED], default=math.inf
+        )
+        return least < solved.value - 64.0 * eps * abs(solved.value)
+
+    def _noise(self) -> float:
+        """Changes of F below this mean nothing."""
+        eps = torch.finfo(self._x.dtype).eps
+        return 1e-8 * self._units.upper + 64.0 * eps * abs(self._value)
+
+    # ------------------------------------------------------------------ where it is not
+
+    def _degenerate(
+        self, solver: LowerSolver, system: KKTSystem, curvature: float | None, weak: Tensor
+    ) -> Stationarity:
+        count = int(weak.sum())
+        if count:
+            why = f"{count} lower constraint(s) are weakly active, so y*(x) has a kink"
+        else:
+            why = "the lower Hessian is singular or indefinite here"
+        if self._sign < 0.0 or self._x.numel() + self._y.numel() > _LINEAR_PROGRAM:
+            reason = "for a pessimistic problem" if self._sign < 0.0 else "at this size"
+            sentence = f"the upper level is stationary (not tested {reason}: {why})"
+            return Stationarity(None, curvature, "", (), (sentence,))
+        assumptions: list[str] = []
+        if count > _BRANCHES:
+            assumptions.append(
+                f"the upper level is stationary on the branches that were not tried: {why}"
+            )
+        program = _LinearProgram(
+            self._oracle, solver, system, self._local.point, self._x, self._units, self._data
+        )
+        program.upper(self._upper_x, self._upper_y, self._held, self._equal)
+        chosen = [i for i in range(weak.numel()) if bool(weak[i])][:_BRANCHES]
+        for active in itertools.product((True, False), repeat=len(chosen)):
+            branch = dict(zip(chosen, active, strict=True))
+            found = program.descend(branch, weak)
+            if found is None:
+                continue
+            dx, dy, slope = found
+            expected = self._units.step * slope
+            if not expected > self._noise():
+                continue
+            gain = self._falls(dx, dy)
+            if gain >= 0.5 * expected:
+                problem = (
+                    f"(x, y) is not stationary along the lower solutions: F falls by {gain:.3g} over a step of "
+                    f"{self._units.step:.2g} of the sizes of x and y that keeps y a lower solution ({why})"
+                )
+                return Stationarity(None, curvature, problem, (), tuple(assumptions))
+            assumptions.append(
+                f"F cannot be lowered along the lower solutions: the linearized problem says {slope:.2g} per unit, "
+                f"but no lower solution there confirms it ({why})"
+            )
+        tested = f"F cannot be lowered to first order along the lower solutions ({why})"
+        return Stationarity(
+            None, curvature, "", () if assumptions else (tested,), tuple(dict.fromkeys(assumptions))
+        )
+
+    def _falls(self, dx: Tensor, dy: Tensor) -> float:
+        """How much F falls over a step whose end is feasible, with y solved again from there."""
+        domain = self._oracle.problem.domain
+        x = self._x + self._units.step * dx
+        x = x if domain is None else domain(x)
+        solver = LowerSolver(self._oracle, x, self._data, self._units.y)
+        start = self._y + self._units.step * dy
+        near = solver.solve(start)
+        fallback = solver.solve(self._y)
+        if near.status is not Status.CONVERGED or fallback.status is not Status.CONVERGED:
+            return 0.0
+        eps = torch.finfo(x.dtype).eps
+        gap = near.value - fallback.value
+        allowed = 1e-9 * abs(float(self._oracle.lower(x, start)) - near.value)
+        if gap > allowed + 64.0 * eps * abs(near.value) or self._is_overtaken(solver, near):
+            return 0.0
+        for fun, held in (
+            (self._oracle.problem.upper_constraint, self._held),
+            (self._oracle.problem.upper_equality, self._equal),
+        ):
+            if fun is None:
+                continue
+            with torch.no_grad():
+                there = constraint_values(fun, x, near.y, self._upper_data)
+            size = linalg.vector_norm(held.in_x, dim=1) * self._units.x
+            size = size + linalg.vector_norm(held.in_y, dim=1) * self._units.y
+            worse = there.clamp(min=0.0) if held is self._held else there.abs()
+            before = held.value.clamp(min=0.0) if held is self._held else held.value.abs()
+            if bool((worse > before + 1e-2 * self._units.step * size).any()):
+                return 0.0
+        return self._value - float(self._oracle.upper(x, near.y))
+
+
+def _rivals(local: Local, others: Sequence[Local], size: float) -> list[Tensor]:
+    """The lowest of the other minima, each once."""
+    chosen = [local.y]
+    apart = 1e-3 * size * math.sqrt(local.y.numel())
+    for other in sorted(others, key=lambda other: other.value):
+        if len(chosen) <= _RIVALS and all(_tree.length(other.y - y) > apart for y in chosen):
+            chosen.append(other.y)
+    return chosen[1:]
+
+
+class _LinearProgram:
+    """The problem linearized in x, y and the multipliers, on one branch of complementarity.
+
+    The variables are in units: x and y in theirs, each multiplier in that of its constraint.
+    """
+
+    def __init__(
+        self,
+        oracle: Oracle,
+        solver: LowerSolver,
+        system: KKTSystem,
+        point: KKTPoint,
+        x: Tensor,
+        units: Units,
+        data: Any,
+    ) -> None:
+        self._x, self._units, self._point = x, units, point
+        self._h, self._e = solver.kkt.constraints(point.y)
+        n = point.y.numel()
+        identity = torch.eye(n, dtype=x.dtype)
+        mixed = torch.stack([system.linear.mixed_vjp(row) for row in identity])  # (n, m)
+        force = torch.cat([self._h.in_y, self._e.in_y]).T  # (n, k + l)
+        self._force_size = _norms(force.T)
+        self._stationary = torch.cat(
+            [mixed * units.x, system.hessian * units.y, force / self._force_size], 1
+        )
+        self._domain = oracle.problem.domain
+
+    def upper(self, of_x: Tensor, of_y: Tensor, held: Linearized, equal: Linearized) -> None:
+        """Take F and the upper constraints."""
+        k = self._force_size.numel()
+        self._cost = torch.cat([of_x * self._units.x, of_y * self._units.y, of_x.new_zeros(k)])
+        self._upper = self._rows(held), -held.value.clamp(max=0.0) / self._units.step
+        self._upper_equal = self._rows(equal)
+
+    def _rows(self, constraint: Linearized) -> Tensor:
+        zeros = constraint.in_x.new_zeros((constraint.value.numel(), self._force_size.numel()))
+        in_x, in_y = constraint.in_x * self._units.x, constraint.in_y * self._units.y
+        return torch.cat([in_x, in_y, zeros], 1)
+
+    def descend(self, branch: dict[int, bool], weak: Tensor) -> tuple[Tensor, Tensor, float] | None:
+        """The steepest direction in x and y, and the slope of F along it; None where there is none."""
+        import scipy.optimize  # pyright: ignore[reportMissingTypeStubs]
+
+        optimize: Any = scipy.optimize
+        m, n, k = self._x.numel(), self._point.y.numel(), self._h.value.numel()
+        strong = self._point.active & ~weak
+        held = strong.clone()
+        for index, active in branch.items():
+            held[index] = active
+        h_rows = self._rows(self._h)
+        slack = -self._h.value.clamp(max=0.0) / self._units.step
+        slack = torch.where(weak, torch.zeros_like(slack), slack)
+        equalities = torch.cat(
+            [self._stationary, h_rows[held], self._rows(self._e), self._upper_equal]
+        )
+        inequalities = torch.cat([h_rows[~held], self._upper[0]])
+        limits = torch.cat([slack[~held], self._upper[1]])
+        bounds: list[tuple[float | None, float | None]] = self._x_bounds() + [(-1.0, 1.0)] * n
+        for i in range(self._force_size.numel()):
+            if i >= k or strong[i]:
+                bounds.append((None, None))
+            else:
+                bounds.append((0.0, None) if held[i] else (0.0, 0.0))
+        rows, right = _scaled(equalities, torch.zeros_like(equalities[:, 0]))
+        rows_ub, right_ub = _scaled(inequalities, limits)
+        size = float(self._cost.abs().max()) or 1.0
+        result = optimize.linprog(
+            (self._cost / size).double().numpy(),
+            A_ub=rows_ub.double().numpy() if rows_ub.shape[0] else None,
+            b_ub=right_ub.double().numpy() if rows_ub.shape[0] else None,
+            A_eq=rows.double().numpy() if rows.shape[0] else None,
+            b_eq=right.double().numpy() if rows.shape[0] else None,
+            bounds=bounds,
+            method="highs",
+        )
+        if result.status != 0:
+            return None
+        step = torch.as_tensor(result.x).to(self._x)
+        return step[:m] * self._units.x, step[m : m + n] * self._units.y, -float(result.fun) * size
+
+    def _x_bounds(self) -> list[tuple[float | None, float | None]]:
+        m = self._x.numel()
+        if not isinstance(self._domain, Box):
+            return [(-1.0, 1.0)] * m
+        low, high = self._domain.bounds(self._x)
+        per_step = self._units.step * self._units.x
+        down = ((low - self._x) / per_step).clamp(-1.0, 0.0).tolist()
+        up = ((high - self._x) / per_step).clamp(0.0, 1.0).tolist()
+        return list(zip(down, up, strict=True))
+
+
+def _norms(rows: Tensor) -> Tensor:
+    norms = linalg.vector_norm(rows, dim=1)
+    return torch.where(norms > 0.0, norms, torch.ones_like(norms))
+
+
+def _scaled(rows: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of length one: the linear program's tolerances are absolute."""
+    norms = _norms(rows)
+    return rows / norms[:, None], right / norms
+
+
+def _untested(sentence: str) -> Stationarity:
+    return Stationarity(None, None, "", (), (sentence,))

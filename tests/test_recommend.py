@@ -1,0 +1,92 @@
+import pytest
+import torch
+from torch import Tensor
+
+import bilevel as bl
+from bilevel.testing import problems
+
+
+def vector(*numbers: float) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+def names(found: bl.Recommendation) -> list[str]:
+    return [name for name, _ in found.refused]
+
+
+def test_strongly_convex_lower_problem_gets_the_implicit_hypergradient() -> None:
+    case = problems.quadratic()
+    found = bl.recommend(case.problem, case.x0, case.y0)
+    assert isinstance(found.method, bl.HypergradientDescent)
+    assert isinstance(found.method.estimator, bl.Implicit)
+    assert any("lower curvature from 1 to 10" in reason for reason in found.reasons)
+    solution = bl.solve(case.problem, found.method, case.x0, case.y0, max_steps=200)
+    assert case.error(solution.x) < 1e-4
+
+
+@pytest.mark.parametrize("case", [problems.bda(), problems.sine(2)], ids=lambda case: case.name)
+def test_many_lower_solutions_get_asblo(case: problems.ZooProblem) -> None:
+    found = bl.recommend(case.problem, case.x0 + 0.1, case.y0)
+    assert isinstance(found.method, bl.ASBLO)
+    assert names(found) == ["Implicit", "Unrolled"]
+    assert "no smooth function" in str(found)
+
+
+def test_lower_constraints_get_the_kkt_system() -> None:
+    problem = bl.BilevelProblem(
+        lambda x, y, data: ((y - 0.7) ** 2).sum(),
+        lambda x, y, data: ((y - x) ** 2).sum(),
+        lower_constraint=lambda x, y, data: y - 1.0,
+    )
+    found = bl.recommend(problem, vector(0.2), vector(0.0))
+    assert isinstance(found.method, bl.HypergradientDescent)
+    assert isinstance(found.method.estimator, bl.ImplicitKKT)
+    assert names(found) == ["Implicit", "Unrolled"]
+    assert "ignore lower_constraint" in str(found)
+    kink = bl.recommend(problem, vector(1.0), vector(0.0))
+    assert "ImplicitKKT" in names(kink)
+
+
+def test_objective_without_second_derivatives_gets_asblo() -> None:
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, y: Tensor) -> Tensor:
+            ctx.save_for_backward(y)  # pyright: ignore[reportAttributeAccessIssue]
+            return (y**2).sum()
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: object, cotangent: Tensor) -> Tensor:
+            (y,) = ctx.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
+            return 2.0 * y * cotangent
+
+    problem = bl.BilevelProblem(
+        lambda x, y, data: ((y - 1.0) ** 2).sum(), lambda x, y, data: Square.apply(y - x)
+    )
+    found = bl.recommend(problem, vector(0.2), vector(0.0))
+    assert "Implicit" in names(found)
+    assert any("no second derivatives" in reason for reason in found.reasons)
+
+
+def test_unbounded_lower_problem_is_refused_by_all() -> None:
+    concave = bl.BilevelProblem(
+        lambda x, y, data: (y**2).sum(), lambda x, y, data: -((y - x) ** 2).sum()
+    )
+    found = bl.recommend(concave, vector(0.2), vector(0.0))
+    assert found.method is None
+    assert len(found.refused) == 4
+    assert "decreases without bound" in str(found)
+
+
+def test_large_lower_problem_is_probed_by_lanczos() -> None:
+    scale = torch.linspace(2.0, 50.0, 500, dtype=torch.float64)
+    large = bl.BilevelProblem(
+        lambda x, y, data: ((y - 1.0) ** 2).sum(), lambda x, y, data: (scale * (y - x) ** 2).sum()
+    )
+    found = bl.recommend(large, vector(0.5), torch.zeros(500).double())
+    assert isinstance(found.method, bl.HypergradientDescent)
+    assert found.method.estimator == bl.Implicit(bl.linear.CG())
+    (sentence,) = [reason for reason in found.reasons if "Lanczos" in reason]
+    low, high = (float(word) for word in sentence.split() if word[0].isdigit())
+    assert 4.0 <= low < 6.0  # the ends are 4 and 100
+    assert 98.0 < high <= 100.0

@@ -1,0 +1,251 @@
+"""`certify` passes right answers, and flags a hundred wrong ones."""
+
+import itertools
+import math
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import bilevel as bl
+from bilevel.testing import problems
+from bilevel.testing.problems import ZooProblem
+
+Wrong = tuple[str, bl.BilevelProblem, Tensor, Tensor]
+REGULAR = [
+    problems.quadratic(5, 10, 10.0),
+    problems.quadratic(5, 10, 1e3),
+    problems.quadratic(20, 40, 10.0),
+    problems.ridge(1),
+    problems.ridge(20),
+]
+
+
+def vector(*numbers: float) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+def solved(case: ZooProblem, x: Tensor) -> Tensor:
+    """y*(x) where f is a quadratic in y."""
+    zero = torch.zeros_like(case.y_star)
+    hessian = torch.func.hessian(lambda y: case.problem.lower(x, y, None))(zero)
+    slope = torch.func.grad(lambda y: case.problem.lower(x, y, None))(zero)
+    return -torch.linalg.solve(hessian, slope)
+
+
+def tilted(a: float) -> bl.BilevelProblem:
+    """A double well whose left side is the deeper one."""
+    return bl.BilevelProblem(
+        lambda x, y, data: ((y - 1.0) ** 2).sum() + (x**2).sum(),
+        lambda x, y, data: ((y**2 - 1.0) ** 2 + a * y).sum() + 0.0 * x.sum(),
+    )
+
+
+def well(a: float, side: float) -> Tensor:
+    y = side
+    for _ in range(50):  # Newton on 4 y^3 - 4 y + a
+        y -= (4.0 * y**3 - 4.0 * y + a) / (12.0 * y**2 - 4.0)
+    return vector(y)
+
+
+def simplex() -> bl.BilevelProblem:
+    """y is the point of the segment y1 + y2 = 1, y >= 0 nearest to (x, 0); F wants y1 = 0.8 and x <= 0.5."""
+    return bl.BilevelProblem(
+        lambda x, y, data: (y[0] - 0.8) ** 2 + 0.0 * x.sum(),
+        lambda x, y, data: (y[0] - x[0]) ** 2 + y[1] ** 2,
+        lower_constraint=lambda x, y, data: -y,
+        lower_equality=lambda x, y, data: y.sum() - 1.0,
+        upper_constraint=lambda x, y, data: x - 0.5,
+    )
+
+
+# y = ((1 + x) / 2, (1 - x) / 2): F falls up to x = 0.6, so that the upper constraint holds x at 0.5
+SIMPLEX_ANSWER = vector(0.5), vector(0.75, 0.25)
+
+
+def perturbed_x() -> Iterator[Wrong]:
+    generator = torch.Generator().manual_seed(1)
+    for case, size in itertools.product(REGULAR, (0.02, 0.1, 0.5, 2.0)):
+        direction = torch.randn(case.x_star.shape, generator=generator, dtype=torch.float64)
+        shift = size * max(1.0, float(case.x_star.norm())) * direction / direction.norm()
+        x = case.x_star + shift
+        yield f"{case.name}: x off by {size}", case.problem, x, solved(case, x)
+    toy = problems.pbgd_toy()
+    for x in (0.1, 0.7, 1.0, 1.5, 2.0, 2.5):
+        yield f"PBGD toy: x = {x}", toy.problem, vector(x), vector(-x)
+
+
+def perturbed_y() -> Iterator[Wrong]:
+    generator = torch.Generator().manual_seed(2)
+    for case, size in itertools.product(REGULAR, (0.02, 0.1, 1.0)):
+        direction = torch.randn(case.y_star.shape, generator=generator, dtype=torch.float64)
+        y = case.y_star + size * case.y_star.norm() * direction / direction.norm()
+        yield f"{case.name}: y off by {size}", case.problem, case.x_star, y
+    for n in (1, 2, 10):
+        case = problems.sine(n)
+        yield f"sine {n}: y off by 0.1", case.problem, case.x_star, case.y_star + 0.1
+
+
+def wrong_basin() -> Iterator[Wrong]:
+    for a in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2):
+        yield f"double well {a}", tilted(a), vector(0.0), well(a, 1.0)
+
+
+def not_optimistic() -> Iterator[Wrong]:
+    bda = problems.bda().problem
+    for t in (-3.0, -2.0, -1.0, -0.5, 0.0, 0.5, 0.9, 0.97, 1.05, 1.2, 1.5, 2.0, 3.0, 5.0):
+        x = (1.0 + t) / 2.0  # where differentiating one lower solution ends
+        yield f"BDA t = {t}", bda, vector(x), vector(x, t)
+    for n, k in itertools.product((1, 2), (-3, -2, -1, 3)):
+        K = -math.pi / 2 + 2 * math.pi * k  # stationary along a branch that is not the best there
+        x = ((1 - n) * 2 + n * K) / (1 + n)
+        yield f"sine {n}, branch {k}", problems.sine(n).problem, vector(x), vector(*[K + 2 - x] * n)
+
+
+def infeasible() -> Iterator[Wrong]:
+    problem, (x, y) = simplex(), SIMPLEX_ANSWER
+    for shift in (0.01, 0.03, 0.1):  # F is lower there
+        yield f"upper constraint {shift}", problem, x + shift, y + vector(shift / 2, -shift / 2)
+    for shift in (0.01, -0.05, 0.2):
+        yield f"lower equality {shift}", problem, x, y + shift
+    yield "lower constraint", problem, x, vector(1.2, -0.2)
+    case = problems.pbgd_toy()
+    for x_out in (-0.5, -0.1, 3.2):
+        yield f"domain {x_out}", case.problem, vector(x_out), vector(-x_out)
+    held = bl.BilevelProblem(
+        case.problem.upper, case.problem.lower, upper_equality=lambda x, y, data: x - 1.0
+    )
+    yield "upper equality", held, case.x_star, case.y_star
+
+
+def swapped_signs() -> Iterator[Wrong]:
+    for case in REGULAR:
+        yield f"{case.name}: -x", case.problem, -case.x_star, solved(case, -case.x_star)
+        yield f"{case.name}: -y", case.problem, case.x_star, -case.y_star
+    problem, (x, y) = simplex(), SIMPLEX_ANSWER
+    yield "simplex: -x", problem, -x, y.flip(0)
+
+
+WRONG = [
+    *perturbed_x(),
+    *perturbed_y(),
+    *wrong_basin(),
+    *not_optimistic(),
+    *infeasible(),
+    *swapped_signs(),
+]
+
+
+def test_hundred_wrong_answers_are_flagged() -> None:
+    assert len(WRONG) == 100
+    missed = [name for name, *point in WRONG if bl.certify(*point).is_trusted]
+    assert missed == []
+
+
+@pytest.mark.parametrize(
+    "case",
+    [*REGULAR, problems.bda(), *map(problems.sine, (1, 2, 10, 50)), problems.pbgd_toy()],
+    ids=lambda case: case.name,
+)
+def test_right_answers_are_trusted(case: ZooProblem) -> None:
+    assert bl.certify(case.problem, case.x_star, case.y_star).problems == ()
+    for x in case.local_optima:
+        assert bl.certify(case.problem, x, -x).problems == ()
+    scaled = bl.BilevelProblem(
+        lambda x, y, data: 1e4 * case.problem.upper(x, y, data) + 7.0,
+        lambda x, y, data: 1e-4 * case.problem.lower(x, y, data) - 3.0,
+        domain=case.problem.domain,
+    )
+    assert bl.certify(scaled, case.x_star, case.y_star).problems == ()
+
+
+def test_right_answers_of_constrained_problems_are_trusted() -> None:
+    found = bl.certify(simplex(), *SIMPLEX_ANSWER)
+    assert found.problems == ()
+    assert found.hypergradient == pytest.approx(0.0, abs=1e-10)
+    assert found.value_gap == pytest.approx(0.0, abs=1e-12)
+    for a in (0.1, 0.5):
+        assert bl.certify(tilted(a), vector(0.0), well(a, -1.0)).problems == ()
+
+
+def test_answers_of_asblo_are_trusted_without_a_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for case in (problems.quadratic(), problems.ridge(), problems.bda(), problems.sine(2)):
+            found = bl.solve(case.problem, bl.ASBLO(), case.x0, case.y0, max_steps=1000)
+            assert found.status is bl.Status.CONVERGED
+            assert found.certificate is not None
+            assert found.certificate.is_trusted
+
+
+def test_kink_at_a_weakly_active_constraint_is_an_answer() -> None:
+    kinked = bl.BilevelProblem(  # y = max(x, 0); F = 2 y - x = |x|
+        lambda x, y, data: (2.0 * y - x).sum(),
+        lambda x, y, data: ((y - x) ** 2).sum(),
+        lower_constraint=lambda x, y, data: -y,
+    )
+    found = bl.certify(kinked, vector(0.0), vector(0.0))
+    assert found.problems == ()
+    assert found.hypergradient is None
+    assert any("weakly active" in sentence for sentence in found.tested)
+    assert not bl.certify(kinked, vector(-0.3), vector(0.0)).is_trusted
+    assert not bl.certify(kinked, vector(0.3), vector(0.3)).is_trusted
+    other = bl.BilevelProblem(
+        lambda x, y, data: (0.5 * y - x).sum(),
+        kinked.lower,
+        lower_constraint=kinked.lower_constraint,
+    )
+    assert not bl.certify(other, vector(0.0), vector(0.0)).is_trusted  # F falls where y = x
+
+
+def test_linear_lower_problem_with_many_solutions() -> None:
+    flat = bl.BilevelProblem(  # S(x) is the segment y1 + y2 = 1 in the box; F wants (x, 1 - x), x = 0.3
+        lambda x, y, data: (y[0] - x[0]) ** 2 + (x[0] - 0.3) ** 2,
+        lambda x, y, data: -(y[0] + y[1]),
+        lower_constraint=lambda x, y, data: torch.cat([-y, y.sum()[None] - 1.0]),
+    )
+    assert bl.certify(flat, vector(0.3), vector(0.3, 0.7)).problems == ()
+    assert not bl.certify(flat, vector(0.3), vector(0.6, 0.4)).is_trusted
+    assert not bl.certify(flat, vector(0.5), vector(0.5, 0.5)).is_trusted
+
+
+def test_pessimistic_answer_is_judged_as_one() -> None:
+    wells = bl.BilevelProblem(  # S(x) = {-1, 1}; the worse one for F is y = -1 at x = 0
+        lambda x, y, data: ((y - 1.0) ** 2).sum() + (x**2).sum(),
+        lambda x, y, data: ((y**2 - 1.0) ** 2).sum() + 0.0 * x.sum(),
+    )
+    best, worst = vector(1.0), vector(-1.0)
+    assert bl.certify(wells, vector(0.0), best).is_trusted
+    assert not bl.certify(wells, vector(0.0), worst).is_trusted
+    assert bl.certify(wells, vector(0.0), worst, pessimistic=True).is_trusted
+    assert not bl.certify(wells, vector(0.0), best, pessimistic=True).is_trusted
+
+
+def test_large_lower_problem_says_what_it_did_not_test() -> None:
+    n = 4000
+    scale = torch.linspace(1.0, 3.0, n, dtype=torch.float64)
+    large = bl.BilevelProblem(
+        lambda x, y, data: ((y - 1.0) ** 2).mean() + 0.0 * x.sum(),
+        lambda x, y, data: (scale * (y - x) ** 2).sum(),
+    )
+    good = bl.certify(large, vector(1.0), torch.ones(n, dtype=torch.float64))
+    assert good.problems == ()
+    assert any("not tested" in sentence for sentence in good.assumptions)
+    assert not bl.certify(large, vector(1.5), torch.full((n,), 1.5).double()).is_trusted
+
+
+def test_solve_says_where_status_and_certificate_disagree() -> None:
+    bda = problems.bda()
+    with pytest.warns(bl.BilevelWarning, match="not stationary along the lower solutions"):
+        found = bl.solve(
+            bda.problem,
+            bl.HypergradientDescent(bl.Unrolled(60, lr=0.5), rtol=1e-6),
+            bda.x0 + 0.3,
+            bda.y0,
+            max_steps=100,
+        )
+    assert found.status is bl.Status.CONVERGED
+    assert "the certificate disagrees" in found.message
+    assert "the certificate disagrees" in str(found)
