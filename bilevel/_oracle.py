@@ -95,6 +95,16 @@ class Oracle:
         self._counts["lower_grad"] += int(lower != 0.0)
         return CountedGradient(LinearizedGradient(weighted, x, y), self._counts)
 
+    def lower_tangents(
+        self, x: Tensor, y: Tensor, along_x: Tensor, along_y: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The gradient of f in y, (n,), and its derivatives along k directions, (k, n), in forward mode."""
+        self._counts["lower_grad"] += 1
+        self._counts["hvp"] += along_x.shape[0]
+        found = _autodiff.gradient_and_tangents(self._lower, x, y, along_x, along_y)
+        self.losses = None  # those of the last call belong to the transformation that has ended
+        return found
+
 
 class CountedGradient:
     """A `LinearizedGradient` whose products are counted: n for a Hessian of n columns."""
@@ -110,6 +120,10 @@ class CountedGradient:
     def mixed_vjp(self, vector: Tensor) -> Tensor:
         self._counts["hvp"] += 1
         return self._linear.mixed_vjp(vector)
+
+    def products(self, vector: Tensor) -> tuple[Tensor, Tensor]:
+        self._counts["hvp"] += 2
+        return self._linear.products(vector)
 
     def hessian(self) -> Tensor:
         self._counts["hvp"] += self.grad.numel()

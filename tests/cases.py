@@ -21,6 +21,8 @@ ESTIMATORS: dict[str, tuple[bl.Estimator, float]] = {
     "Implicit(CG)": (bl.Implicit(bl.linear.CG()), 1e-8),
     "Implicit(Neumann)": (bl.Implicit(bl.linear.Neumann(500)), 1e-8),
     "Unrolled": (bl.Unrolled(100, lr=0.15), 1e-6),
+    "Unrolled(truncate)": (bl.Unrolled(200, lr=0.15, truncate=120), 1e-6),
+    "Unrolled(forward)": (bl.Unrolled(100, lr=0.15, mode="forward"), 1e-6),
     "ValueFunction": (bl.ValueFunction(), 1e-2),  # 1 / lambda
     "ValueFunction, theta given": (bl.ValueFunction(theta=1e-3), 1e-2),
 }
