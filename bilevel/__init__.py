@@ -19,7 +19,16 @@ from bilevel._solution import Certificate, Evaluations, Solution, State, Status
 from bilevel._solve import iterate, solve
 from bilevel._types import Schedule
 from bilevel.diagnostics import Report, check_hypergradient
-from bilevel.estimators import Estimate, Estimator, Implicit, Unrolled, ValueFunction, hypergradient
+from bilevel.estimators import (
+    Estimate,
+    Estimator,
+    Implicit,
+    OneStep,
+    TwoSided,
+    Unrolled,
+    ValueFunction,
+    hypergradient,
+)
 from bilevel.solvers import ASBLO, HypergradientDescent, Solver
 
 __all__ = [
@@ -39,6 +48,7 @@ __all__ = [
     "InfeasibleError",
     "NonFiniteError",
     "ObjectiveError",
+    "OneStep",
     "Report",
     "Schedule",
     "Solution",
@@ -46,6 +56,7 @@ __all__ = [
     "State",
     "Status",
     "StructureError",
+    "TwoSided",
     "UnboundedError",
     "Unrolled",
     "ValueFunction",

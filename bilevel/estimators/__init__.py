@@ -8,6 +8,8 @@ from bilevel.estimators._base import (
     refuse_constraints,
 )
 from bilevel.estimators.implicit import Implicit
+from bilevel.estimators.one_step import OneStep
+from bilevel.estimators.two_sided import TwoSided
 from bilevel.estimators.unrolled import Unrolled
 from bilevel.estimators.value_function import ValueFunction
 
@@ -15,6 +17,8 @@ __all__ = [
     "Estimate",
     "Estimator",
     "Implicit",
+    "OneStep",
+    "TwoSided",
     "Unrolled",
     "ValueFunction",
     "check_problem",
