@@ -1,6 +1,6 @@
 """Bi-level optimization for PyTorch."""
 
-from bilevel import barriers, linear, optim, schedules
+from bilevel import barriers, fixed_points, linear, optim, schedules
 from bilevel._certify import certify
 from bilevel._checkpoint import load_state, save_state
 from bilevel._errors import (
@@ -29,6 +29,7 @@ from bilevel.estimators import (
     ValueFunction,
     hypergradient,
 )
+from bilevel.fixed_points import FixedPoint
 from bilevel.solvers import ASBLO, HypergradientDescent, Solver
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "Estimate",
     "Estimator",
     "Evaluations",
+    "FixedPoint",
     "HypergradientDescent",
     "Implicit",
     "InfeasibleError",
@@ -63,6 +65,7 @@ __all__ = [
     "barriers",
     "certify",
     "check_hypergradient",
+    "fixed_points",
     "from_module",
     "hypergradient",
     "iterate",

@@ -148,6 +148,29 @@ class LinearizedGradient:
         return 0.5 * (rows + rows.mT)
 
 
+def gradient_of(fun: Function, x: Tree, y: Tree, data: Any) -> Tree:
+    """The gradient of `fun(x, y, data)` in y, itself differentiable in x and y."""
+    return func.grad(fun, argnums=1)(x, y, data)
+
+
+class LinearizedMap:
+    """The derivatives of a map `fun(x, y)` of vectors to vectors at a point, ready for any number of products."""
+
+    def __init__(self, fun: Function, x: Tensor, y: Tensor) -> None:
+        with torch.enable_grad():
+            tracked, _ = _variables((x, y))
+            self._x, self._y = tracked
+            self._image = fun(self._x, self._y)
+
+    def vjp_x(self, cotangent: Tensor) -> Tensor:
+        """The transposed derivative in x times `cotangent`, the shape of x."""
+        return _grad_of_vector(self._image, self._x, cotangent)
+
+    def vjp_y(self, cotangent: Tensor) -> Tensor:
+        """The transposed derivative in y times `cotangent`, the shape of y."""
+        return _grad_of_vector(self._image, self._y, cotangent)
+
+
 def gradient_and_tangents(
     fun: Function, x: Tensor, y: Tensor, along_x: Tensor, along_y: Tensor
 ) -> tuple[Tensor, Tensor]:
