@@ -78,7 +78,7 @@ def certify(problem: BilevelProblem, x: Tree, y: Tree, data: Any = None) -> Cert
     spent = oracle.evaluations
     if invertible:
         linear = Dense() if v.numel() <= _DENSE else CG()
-        estimate = Implicit(linear).estimate(flat, u, v, data)
+        estimate = Implicit(linear, error_bound=False).estimate(flat, u, v, data)
         spent = spent + estimate.evaluations
         if estimate.status is Status.CONVERGED:
             moved = u - estimate.grad
