@@ -42,7 +42,7 @@ class CG(LinearSolver):
         Research of the National Bureau of Standards, 1952.
     """
 
-    rtol: float = 1e-12
+    rtol: float = 1e-14
     atol: float = 0.0
     max_steps: int | None = None
 

@@ -44,7 +44,7 @@ class GMRES(LinearSolver):
         SIAM Journal on Scientific and Statistical Computing 7 (1986), algorithm 4.
     """
 
-    rtol: float = 1e-12
+    rtol: float = 1e-14
     max_steps: int | None = None
     restart: int = 100
 

@@ -44,7 +44,7 @@ class MINRES(LinearSolver):
         Analysis 12 (1975), section 6.
     """
 
-    rtol: float = 1e-12
+    rtol: float = 1e-14
     max_steps: int | None = None
 
     def __post_init__(self) -> None:

@@ -58,7 +58,7 @@ class Nystrom(LinearSolver):
 
     rank: int = 20
     rho: float | None = None
-    rtol: float = 1e-12
+    rtol: float = 1e-14
     max_steps: int | None = None
     seed: int = 0
 
