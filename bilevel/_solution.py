@@ -70,7 +70,7 @@ _CURES = {
     Status.LOWER_UNBOUNDED: "Add a term to f that grows with |y|, or constrain y.",
     Status.UPPER_UNBOUNDED: "Bound x by a `domain`, or add a term to F that grows with |x|.",
     Status.LOWER_UNSOLVED: "Give the minimizer more steps, or use float64 and a smooth f.",
-    Status.LINEAR_UNSOLVED: "Use `linear.Dense()`, more steps, or `ASBLO()`, which needs no inverse.",
+    Status.LINEAR_UNSOLVED: "Use `linear.MINRES()` or `Dense()`, more steps, or `ASBLO()`, which needs no inverse.",
 }
 
 

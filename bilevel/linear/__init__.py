@@ -8,4 +8,4 @@ from bilevel.linear.minres import MINRES
 from bilevel.linear.neumann import Neumann
 from bilevel.linear.nystrom import Nystrom
 
-__all__ = ["CG", "GMRES", "MINRES", "Dense", "LinearSolver", "Neumann", "Nystrom"]
+__all__ = ["CG", "Dense", "GMRES", "LinearSolver", "MINRES", "Neumann", "Nystrom"]  # noqa: RUF022 (plain order)
