@@ -118,3 +118,28 @@ def test_bound_is_counted_and_can_be_left_out(make: Any) -> None:
     assert "error_bound" not in cheap.info
     assert torch.equal(cheap.grad, dear.grad)
     assert cheap.evaluations.upper < dear.evaluations.upper
+
+
+class Once(torch.autograd.Function):
+    """y^2 / 2, whose gradient has no derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        ctx.save_for_backward(y)
+        return 0.5 * y**2
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * ctx.saved_tensors[0]
+
+
+def test_value_function_of_what_is_differentiable_once_has_no_finite_bound() -> None:
+    problem = bl.BilevelProblem(
+        lambda x, y, data: ((y - 1.0) ** 2).sum(),
+        lambda x, y, data: Once.apply(y - 3.0 * x).sum(),
+    )
+    method = bl.ValueFunction(epsilon=1e-2, tol=1e-3, minimizer=sgd(0.1, max_steps=200))
+    estimate = method.estimate(problem, torch.ones(1).double(), torch.ones(1).double())
+    assert torch.isfinite(estimate.grad).all()
+    assert estimate.info["error_bound"] == math.inf

@@ -8,7 +8,8 @@ from torch import Tensor
 
 import bilevel as bl
 from bilevel.fixed_points import prox_gradient, prox_l1
-from bilevel.testing._contract import counted
+from bilevel.testing import check_hypergradient_estimator, check_solver
+from bilevel.testing._contract import counted, halves, whole
 from bilevel.testing.problems import quadratic
 
 
@@ -109,6 +110,20 @@ def test_smooth_problem_as_a_fixed_point_is_the_closed_form(linear: Any) -> None
     estimate = method.estimate(case.problem, x, case.y0)
     exact = torch.func.grad(reduced(case.problem, case.y0))(x)
     torch.testing.assert_close(estimate.grad, exact, rtol=1e-9, atol=1e-9)
+
+
+def step_of_the_quadratic(x: Any, y: Any, data: Any) -> Any:
+    """A gradient step on the lower objective of `quadratic()`, over what the contract's checks put in place of y."""
+    if isinstance(y, dict):
+        return halves(step_of_the_quadratic(whole(x), whole(y), data))
+    plain = prox_gradient(quadratic().problem.lower, lambda x, v, lr: v, 0.15)
+    return plain(x.double(), y.double(), data).to(y.dtype)
+
+
+def test_fixed_point_keeps_the_contract_of_estimators_and_of_solvers() -> None:
+    method = bl.Implicit(condition=bl.FixedPoint(step_of_the_quadratic))
+    check_hypergradient_estimator(method, rtol=1e-8, problems=[quadratic()])
+    check_solver(bl.HypergradientDescent(method), problems=[quadratic()])
 
 
 def test_trees_data_and_batches() -> None:

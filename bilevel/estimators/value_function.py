@@ -51,7 +51,8 @@ class ValueFunction(Estimator):
         minimizer: Finds z and y.
         error_bound: Whether `info["error_bound"]` says how far the gradient is from that of $F(x, y^*(x))$: a bound
             to first order on the bias and on what inexact z and y add to it. It takes second derivatives of f, by one
-            Newton step and one linear solve at z, and is infinite where the lower Hessian is singular.
+            Newton step and one linear solve at z, and is infinite where the lower Hessian is singular or torch has
+            no second derivatives of f.
 
     Raises:
         ValueError: A parameter is out of its range.
@@ -189,8 +190,11 @@ class ValueFunction(Estimator):
             "residual": y.residual,
         }
         if self.error_bound and status is not Status.NONFINITE:
-            hessian = lower.lower_hessian
-            info["error_bound"] = error_bound(oracle, x, z.point.y, grad, hessian=hessian)
+            try:
+                bound = error_bound(oracle, x, z.point.y, grad, hessian=lower.lower_hessian)
+            except RuntimeError:  # f was differentiated many times before, but never twice
+                bound = math.inf
+            info["error_bound"] = bound
         return Estimate(
             grad=grad,
             y=y.point.y,
