@@ -1,6 +1,6 @@
 """Bi-level optimization for PyTorch."""
 
-from bilevel import barriers, linear, optim, schedules
+from bilevel import barriers, fixed_points, linear, optim, schedules
 from bilevel._certify import certify
 from bilevel._checkpoint import load_state, save_state
 from bilevel._compare import Comparison, Run, compare
@@ -26,10 +26,13 @@ from bilevel.estimators import (
     Estimator,
     Implicit,
     ImplicitKKT,
+    OneStep,
+    TwoSided,
     Unrolled,
     ValueFunction,
     hypergradient,
 )
+from bilevel.fixed_points import FixedPoint
 from bilevel.solvers import ASBLO, HypergradientDescent, Solver
 
 __all__ = [
@@ -45,12 +48,14 @@ __all__ = [
     "Estimate",
     "Estimator",
     "Evaluations",
+    "FixedPoint",
     "HypergradientDescent",
     "Implicit",
     "ImplicitKKT",
     "InfeasibleError",
     "NonFiniteError",
     "ObjectiveError",
+    "OneStep",
     "Recommendation",
     "Report",
     "Run",
@@ -60,6 +65,7 @@ __all__ = [
     "State",
     "Status",
     "StructureError",
+    "TwoSided",
     "UnboundedError",
     "Unrolled",
     "ValueFunction",
@@ -67,6 +73,7 @@ __all__ = [
     "certify",
     "check_hypergradient",
     "compare",
+    "fixed_points",
     "from_module",
     "hypergradient",
     "iterate",

@@ -2,7 +2,7 @@
 
 Gradients are reverse mode. Hessian-vector products go backward through the graph of the gradient,
 which is built once for a point and reused by every product: that works under autocast and through
-layers that have no forward-mode rule.
+layers that have no forward-mode rule. Forward mode is there for those who ask for it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from bilevel._errors import ObjectiveError
 from bilevel._types import Tree
 
 Function = Callable[..., Tensor]
+func: Any = torch.func  # its stubs are untyped
 
 
 def _variables(trees: tuple[Tree, ...]) -> tuple[list[Tree], list[list[Tensor]]]:
@@ -109,6 +110,10 @@ class LinearizedMap:
             self._output = fun(*self._tracked)
         self.value = self._output.detach()
 
+    def vjp(self, number: int, cotangent: Tensor) -> Tensor:
+        """The transposed derivative in the vector of that number times `cotangent`, the shape of the vector."""
+        return _grad_of_vector(self._output, self._tracked[number], cotangent)
+
     def jacobian(self) -> list[Tensor]:
         """The derivative in each of the vectors, shapes (k, n): k products, in one batch where torch can."""
         count = self._output.numel()
@@ -165,6 +170,20 @@ class LinearizedGradient:
         """The derivative in x of `grad_y fun . vector`, the shape of x."""
         return self._product(self._x, vector)
 
+    def products(self, vector: Tensor) -> tuple[Tensor, Tensor]:
+        """`mixed_vjp(vector)` and `hvp(vector)`, from one backward pass."""
+        if not self._grad.requires_grad:
+            return torch.zeros_like(self._x), torch.zeros_like(self._y)
+        mixed, product = torch.autograd.grad(
+            self._grad,
+            (self._x, self._y),
+            vector,
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        return mixed, product
+
     def hessian(self) -> Tensor:
         """The Hessian in y, symmetrized, shape (n, n): n products, in one batch where torch can."""
         n = self._y.numel()
@@ -178,6 +197,34 @@ class LinearizedGradient:
         if rows.dim() < 2:  # a constant gradient: torch answers with one row of zeros for all
             return torch.zeros_like(identity)
         return 0.5 * (rows + rows.mT)
+
+
+def gradient_of(fun: Function, x: Tree, y: Tree, data: Any) -> Tree:
+    """The gradient of `fun(x, y, data)` in y, itself differentiable in x and y."""
+    return func.grad(fun, argnums=1)(x, y, data)
+
+
+def gradient_and_tangents(
+    fun: Function, x: Tensor, y: Tensor, along_x: Tensor, along_y: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradient of `fun(x, y)` in y, and its derivatives along several directions, in forward mode.
+
+    Args:
+        fun: Returns a scalar tensor; made of operations that `torch.func` can differentiate forward.
+        x: Shape (m,).
+        y: Shape (n,).
+        along_x: The directions of x, shape (k, m).
+        along_y: The directions of y, shape (k, n).
+
+    Returns:
+        The gradient, shape (n,), and its derivative along each pair of directions, shape (k, n).
+    """
+
+    def tangent(u: Tensor, v: Tensor) -> Any:
+        return func.jvp(func.grad(fun, argnums=1), (x, y), (u, v))
+
+    grad, tangents = func.vmap(tangent, out_dims=(None, 0))(along_x, along_y)
+    return grad.detach(), tangents.detach()
 
 
 def _grad_of_vector(output: Tensor, wrt: Tensor, cotangent: Tensor, **options: Any) -> Tensor:

@@ -114,6 +114,10 @@ def certify(
         f"the lower minimum is the lowest of {found.starts} local solves{many}",
         "no other x is better: the test of the upper level is local",
     ]
+    if found.nearest.status is Status.STALLED:
+        assumptions.append(
+            "the upper level is stationary (not tested: no step lowers f though its gradient is not zero, as at a kink)"
+        )
     return Certificate(
         value_gap=gap,
         deeper_basin=deeper,
@@ -194,10 +198,11 @@ def _lower_problems(
     """What is wrong with y as a solution of the lower problem."""
     if found.lowest.status is Status.LOWER_UNBOUNDED:
         return ["f falls without bound in y, so that the lower problem has no solution"]
-    if found.nearest.status is not Status.CONVERGED:
-        return [f"no lower solution was found from y: {found.nearest.status.value}"]
     eps = torch.finfo(y.dtype).eps
     tolerance = max(_GAP, 10.0 * eps) * found.lower_size + 64.0 * eps * abs(value)
+    at_a_kink = found.nearest.status is Status.STALLED and gap <= tolerance
+    if found.nearest.status is not Status.CONVERGED and not at_a_kink:
+        return [f"no lower solution was found from y: {found.nearest.status.value}"]
     if deeper > 0.0:
         return [
             f"y solves the lower problem locally at best: from another start f falls lower by {deeper:.3g}. "

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from bilevel import _autodiff
-from bilevel._autodiff import LinearizedGradient
+from bilevel._autodiff import LinearizedGradient, LinearizedMap
 from bilevel._problem import BilevelProblem, samples, scalar, split_data
 from bilevel._solution import Evaluations
 from bilevel._types import Tree
@@ -104,6 +104,45 @@ class Oracle:
         self._counts["lower_grad"] += int(lower != 0.0)
         return CountedGradient(LinearizedGradient(weighted, x, y), self._counts)
 
+    def lower_tangents(
+        self, x: Tensor, y: Tensor, along_x: Tensor, along_y: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The gradient of f in y, (n,), and its derivatives along k directions, (k, n), in forward mode."""
+        self._counts["lower_grad"] += 1
+        self._counts["hvp"] += along_x.shape[0]
+        found = _autodiff.gradient_and_tangents(self._lower, x, y, along_x, along_y)
+        self.losses = None  # those of the last call belong to the transformation that has ended
+        return found
+
+    def mapped(self, fun: Callable[..., Tensor], x: Tensor, y: Tensor) -> Tensor:
+        """`fun(x, y, data)` of the lower level, counted as the gradient of f that it stands for."""
+        self._counts["lower_grad"] += 1
+        return _autodiff.value(fun, x, y, self._data.lower)
+
+    def linearized_map(self, fun: Callable[..., Tensor], x: Tensor, y: Tensor) -> CountedMap:
+        """The derivatives of `fun(x, y, data)` in x and y."""
+        self._counts["lower_grad"] += 1
+
+        def on_data(u: Tensor, v: Tensor) -> Tensor:
+            return fun(u, v, self._data.lower)
+
+        return CountedMap(LinearizedMap(on_data, x, y), self._counts)
+
+
+class CountedMap:
+    """A `LinearizedMap` whose products are counted."""
+
+    def __init__(self, linear: LinearizedMap, counts: dict[str, int]) -> None:
+        self._linear, self._counts = linear, counts
+
+    def vjp_x(self, cotangent: Tensor) -> Tensor:
+        self._counts["hvp"] += 1
+        return self._linear.vjp(0, cotangent)
+
+    def vjp_y(self, cotangent: Tensor) -> Tensor:
+        self._counts["hvp"] += 1
+        return self._linear.vjp(1, cotangent)
+
 
 class CountedGradient:
     """A `LinearizedGradient` whose products are counted: n for a Hessian of n columns."""
@@ -119,6 +158,10 @@ class CountedGradient:
     def mixed_vjp(self, vector: Tensor) -> Tensor:
         self._counts["hvp"] += 1
         return self._linear.mixed_vjp(vector)
+
+    def products(self, vector: Tensor) -> tuple[Tensor, Tensor]:
+        self._counts["hvp"] += 2
+        return self._linear.products(vector)
 
     def hessian(self) -> Tensor:
         self._counts["hvp"] += self.grad.numel()

@@ -150,6 +150,8 @@ class BilevelProblem:
         per_sample: If true, `lower` returns one loss a sample, shape (n,), and f is their mean.
             Solvers then form the difference f(x, y) - f(x, z) sample by sample, which keeps its
             digits in float32 where the difference of two means loses them.
+        unravel: None for a problem that a user states. Where a solver has made one over vectors of it, the two
+            functions that put a vector back into the user's trees x and y.
 
     Raises:
         TypeError: One of the functions is not callable.
@@ -171,6 +173,9 @@ class BilevelProblem:
     lower_equality: Objective | None = field(default=None, kw_only=True)
     domain: Projection | None = field(default=None, kw_only=True)
     per_sample: bool = field(default=False, kw_only=True)
+    unravel: tuple[Callable[[Tensor], Tree], Callable[[Tensor], Tree]] | None = field(
+        default=None, kw_only=True, repr=False
+    )
 
     def __post_init__(self) -> None:
         for name in ("upper", "lower", *CONSTRAINTS, "domain"):
@@ -219,8 +224,18 @@ def ravel(
         **{name: over_vectors(getattr(problem, name)) for name in CONSTRAINTS},
         domain=domain,
         per_sample=problem.per_sample,
+        unravel=(
+            _then(unravel_x, problem.unravel and problem.unravel[0]),
+            _then(unravel_y, problem.unravel and problem.unravel[1]),
+        ),
     )
     return flat, (x_vector, y_vector), unravel_x, unravel_y
+
+
+def _then(
+    first: Callable[[Tensor], Tree], second: Callable[[Tensor], Tree] | None
+) -> Callable[[Tensor], Tree]:
+    return first if second is None else lambda vector: second(first(vector))
 
 
 def _over_vectors(project: Projection, unravel: Callable[[Tensor], Tree]) -> Projection:

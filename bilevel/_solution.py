@@ -75,7 +75,7 @@ _CURES = {
     Status.UPPER_UNBOUNDED: "Bound x by a `domain`, or add a term to F that grows with |x|.",
     Status.LOWER_UNSOLVED: "Give the minimizer more steps, or use float64 and a smooth f.",
     Status.WEAKLY_ACTIVE: "Move x off the kink, or judge the answer by `certify`, which tests both sides.",
-    Status.LINEAR_UNSOLVED: "Use `linear.Dense()`, more steps, or `ASBLO()`, which needs no inverse.",
+    Status.LINEAR_UNSOLVED: "Use `linear.MINRES()` or `Dense()`, more steps, or `ASBLO()`, which needs no inverse.",
 }
 
 

@@ -20,7 +20,13 @@ ESTIMATORS: dict[str, tuple[bl.Estimator, float]] = {
     "Implicit(Dense)": (bl.Implicit(bl.linear.Dense()), 1e-10),
     "Implicit(CG)": (bl.Implicit(bl.linear.CG()), 1e-8),
     "Implicit(Neumann)": (bl.Implicit(bl.linear.Neumann(500)), 1e-8),
+    "Implicit(MINRES)": (bl.Implicit(bl.linear.MINRES()), 1e-8),
+    "Implicit(GMRES)": (bl.Implicit(bl.linear.GMRES()), 1e-8),
+    "Implicit(Nystrom)": (bl.Implicit(bl.linear.Nystrom(rank=4)), 1e-8),
     "Unrolled": (bl.Unrolled(100, lr=0.15), 1e-6),
+    "Unrolled(truncate)": (bl.Unrolled(200, lr=0.15, truncate=120), 1e-6),
+    "Unrolled(forward)": (bl.Unrolled(100, lr=0.15, mode="forward"), 1e-6),
+    "TwoSided": (bl.TwoSided(1e3), 3e-5),  # 10 / lambda^2
     "ValueFunction": (bl.ValueFunction(), 1e-2),  # 1 / lambda
     "ValueFunction, theta given": (bl.ValueFunction(theta=1e-3), 1e-2),
 }
@@ -38,6 +44,11 @@ SOLVERS: dict[str, tuple[bl.Solver, list[Any] | None]] = {
         bl.HypergradientDescent(bl.Unrolled(40, lr=0.15), rtol=1e-6),
         None,
     ),
+    "HypergradientDescent(Implicit(MINRES))": (
+        bl.HypergradientDescent(bl.Implicit(bl.linear.MINRES())),
+        None,
+    ),
+    "HypergradientDescent(TwoSided)": (bl.HypergradientDescent(bl.TwoSided(1e3)), None),
     "HypergradientDescent(Implicit, SGD)": (
         bl.HypergradientDescent(bl.Implicit(), upper_optimizer=sgd(0.03, momentum=0.5)),
         [None] * 200,

@@ -135,3 +135,50 @@ def test_jacobian_of_a_vector_function() -> None:
     assert in_x.shape == (3, 2)
     assert not bool(in_x.any())
     torch.testing.assert_close(in_y, torch.ones(3, 1).double())
+
+
+def test_both_products_come_from_one_pass_and_agree_with_each() -> None:
+    x, y = point()
+    v = torch.arange(4.0, dtype=torch.float64)
+    linear = LinearizedGradient(quartic, x, y)
+    mixed, product = linear.products(v)
+    assert torch.equal(mixed, linear.mixed_vjp(v))
+    assert torch.equal(product, linear.hvp(v))
+    mixed, product = LinearizedGradient(lambda x, y: torch.tensor(1.0).double(), x, y).products(v)
+    assert not mixed.any()
+    assert not product.any()
+
+
+def test_forward_mode_is_the_jacobian_of_the_gradient() -> None:
+    x, y = point()
+    along_x, along_y = torch.randn(5, 3).double(), torch.randn(5, 4).double()
+    grad, tangents = _autodiff.gradient_and_tangents(quartic, x, y, along_x, along_y)
+    by_x, by_y = torch.autograd.functional.jacobian(
+        lambda u, v: torch.autograd.functional.jacobian(
+            lambda w: quartic(u, w), v, create_graph=True
+        ),
+        (x, y),
+    )
+    torch.testing.assert_close(grad, LinearizedGradient(quartic, x, y).grad)
+    torch.testing.assert_close(tangents, along_x @ by_x.T + along_y @ by_y.T)
+
+
+def test_derivatives_of_a_map_are_its_jacobian() -> None:
+    x, y = point()
+
+    def fun(u: Tensor, v: Tensor) -> Tensor:
+        return torch.sin(v) * u.sum() + v.flip(0) ** 2
+
+    by_x, by_y = torch.autograd.functional.jacobian(fun, (x, y))
+    w = torch.arange(4.0, dtype=torch.float64)
+    linear = _autodiff.LinearizedMap(fun, x, y)
+    torch.testing.assert_close(linear.vjp(0, w), by_x.T @ w)
+    torch.testing.assert_close(linear.vjp(1, w), by_y.T @ w)
+
+
+def test_gradient_of_can_be_differentiated_again() -> None:
+    x, y = point()
+    hessian = torch.autograd.functional.jacobian(
+        lambda v: _autodiff.gradient_of(lambda x, y, data: quartic(x, y) * data, x, v, 2.0), y
+    )
+    torch.testing.assert_close(hessian, 2.0 * LinearizedGradient(quartic, x, y).hessian())

@@ -99,3 +99,12 @@ def test_certificate_prints_its_numbers_and_assumptions() -> None:
     text = str(bl.certify(problem(), X, Y))
     assert "value gap" in text
     assert "assumed: the lower minimum" in text
+
+
+def test_a_kink_of_f_is_no_fault_of_y_and_is_told() -> None:
+    """f = (y - 1)^2 + 3 |y| is solved by y = 0, where torch's gradient is -2."""
+    kinked = problem(lambda x, y, data: ((y - 2.0 * x) ** 2 + 3.0 * y.abs()).sum())
+    right = bl.certify(kinked, X, torch.zeros_like(Y))
+    assert right.is_trusted
+    assert any("at a kink" in assumption for assumption in right.assumptions)
+    assert not bl.certify(kinked, X, Y).is_trusted

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import bilevel as bl
-from bilevel.linear import CG, Dense, LinearSolver, Neumann
+from bilevel.linear import CG, GMRES, MINRES, Dense, LinearSolver, Neumann
 from bilevel.testing.problems import bda, quadratic
 
 
@@ -163,3 +163,21 @@ def test_implicit_from_its_memory_at_the_same_point_solves_nothing_again() -> No
     again = method.estimate(case.problem, case.x0, first.y, None, first.memory)
     assert again.evaluations.lower_grad == 2  # is it solved, and the linearization
     torch.testing.assert_close(again.grad, first.grad, rtol=1e-10, atol=0.0)
+
+
+@pytest.mark.parametrize("linear", [MINRES(), GMRES(), Dense()], ids=str)
+def test_indefinite_hessian_at_a_stationary_point(linear: LinearSolver) -> None:
+    """f = x y_1 y_2 - y_1 - 2 y_2 has one stationary point, a saddle: y = (2, 1) / x."""
+    problem = bl.BilevelProblem(
+        lambda x, y, data: y[0] ** 2 + 3.0 * y[1] + y[0] * y[1],
+        lambda x, y, data: x[0] * y[0] * y[1] - y[0] - 2.0 * y[1],
+    )
+    x, y = torch.tensor([2.0]).double(), torch.tensor([1.0, 0.5]).double()
+    stays = sgd(1e-30, max_steps=1)  # Newton would leave the saddle, as it should
+    # F(y(x)) = 4 / x^2 + 3 / x + 2 / x^2
+    exact = -12.0 / 8.0 - 3.0 / 4.0
+    estimate = bl.Implicit(linear, minimizer=stays).estimate(problem, x, y)
+    assert estimate.status is bl.Status.CONVERGED
+    assert float(estimate.grad) == pytest.approx(exact, rel=1e-12)
+    honest = bl.Implicit(CG(), minimizer=stays).estimate(problem, x, y)
+    assert honest.status is bl.Status.LINEAR_UNSOLVED

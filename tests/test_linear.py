@@ -8,9 +8,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bilevel._errors import StructureError
-from bilevel.linear import CG, Dense, LinearSolver, Neumann
+from bilevel.linear import CG, GMRES, MINRES, Dense, LinearSolver, Neumann, Nystrom
 
-SOLVERS = [CG(), Dense(), Neumann(max_steps=2000)]
+SOLVERS = [
+    CG(),
+    Dense(),
+    Neumann(max_steps=2000),
+    MINRES(),
+    GMRES(),
+    Nystrom(rank=3),
+]
 
 
 def spd(n: int, condition: float, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -221,6 +228,12 @@ def test_start_of_another_shape_says_the_rule() -> None:
         (lambda: CG(rtol=-1.0), "rtol"),
         (lambda: CG(atol=math.nan), "atol"),
         (lambda: CG(max_steps=0), "max_steps"),
+        (lambda: MINRES(rtol=-1.0), "rtol"),
+        (lambda: MINRES(max_steps=0), "max_steps"),
+        (lambda: GMRES(rtol=math.nan), "rtol"),
+        (lambda: GMRES(restart=0), "restart"),
+        (lambda: Nystrom(rank=0), "rank"),
+        (lambda: Nystrom(rho=0.0), "rho"),
         (lambda: Neumann(max_steps=0), "max_steps"),
         (lambda: Neumann(step_size=0.0), "step_size"),
         (lambda: Neumann(rtol=math.inf), "rtol"),
@@ -229,3 +242,137 @@ def test_start_of_another_shape_says_the_rule() -> None:
 def test_parameter_out_of_range_says_the_rule(make: Callable[[], object], name: str) -> None:
     with pytest.raises(ValueError, match=rf"{name}=\.\.\.\)` must be .* Got {name}="):
         make()
+
+
+def indefinite(n: int, condition: float, seed: int = 0) -> Tensor:
+    """Symmetric, with eigenvalues of both signs between 1 and the condition number."""
+    basis = torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(seed)))[0]
+    signs = torch.ones(n).double()
+    signs[::3] = -1.0
+    spectrum = signs * torch.logspace(0, math.log10(condition), n, dtype=torch.float64)
+    matrix = (basis.double() * spectrum) @ basis.double().T
+    return 0.5 * (matrix + matrix.T)
+
+
+@pytest.mark.parametrize("solver", [MINRES(), GMRES()], ids=str)
+@pytest.mark.parametrize("condition", [10.0, 1e3])
+@pytest.mark.parametrize("n", [2, 7, 50, 120])
+def test_indefinite_systems_are_solved_where_cg_stops(
+    solver: LinearSolver, condition: float, n: int
+) -> None:
+    for seed in range(3):
+        A, b = indefinite(n, condition, seed), rhs(n, seed)
+        exact = torch.linalg.solve(A, b)
+        assert error(solver.solve(lambda v, A=A: A @ v, b), exact) < 1e-13 * condition * 10
+    assert error(CG().solve(lambda v: A @ v, b), exact) > 1e-3
+
+
+@given(n=st.integers(1, 30), condition=st.floats(1.0, 1e3), seed=st.integers(0, 1000))
+def test_minres_solves_any_symmetric_invertible_system(n: int, condition: float, seed: int) -> None:
+    A, b = indefinite(n, condition, seed), rhs(n, seed + 1)
+    assert float((b - A @ MINRES().solve(lambda v: A @ v, b)).norm() / b.norm()) < 1e-11
+
+
+@given(n=st.integers(1, 30), seed=st.integers(0, 1000))
+def test_gmres_solves_any_invertible_system(n: int, seed: int) -> None:
+    A = spd(n, 50.0, seed) @ torch.linalg.qr(rhs(n * n, seed).reshape(n, n))[0]
+    b = rhs(n, seed + 1)
+    assert float((b - A @ GMRES().solve(lambda v: A @ v, b)).norm() / b.norm()) < 1e-11
+
+
+@pytest.mark.parametrize("solver", [MINRES, GMRES])
+def test_residual_is_the_smallest_of_the_krylov_space(solver: type) -> None:
+    """The oracle: least squares over b, A b, ..., A^(k-1) b."""
+    A, b = indefinite(12, 20.0), rhs(12)
+    for k in (1, 2, 5, 8):
+        powers = [b]
+        for _ in range(k - 1):
+            powers.append(A @ powers[-1] / powers[-1].norm())
+        K = torch.linalg.qr(torch.stack(powers, dim=1))[0]
+        best = K @ torch.linalg.lstsq(A @ K, b[:, None]).solution[:, 0]
+        found = solver(max_steps=k).solve(lambda v: A @ v, b)
+        torch.testing.assert_close(found, best, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("solver", [MINRES(), GMRES()], ids=str)
+def test_singular_system_ends_finite_and_near_the_least_squares_residual(
+    solver: LinearSolver,
+) -> None:
+    A = torch.diag(torch.tensor([4.0, -1.0, 0.0]).double())
+    consistent = solver.solve(lambda u: A @ u, torch.tensor([4.0, 3.0, 0.0]).double())
+    assert consistent.tolist() == pytest.approx([1.0, -3.0, 0.0], abs=1e-13)
+    b = torch.tensor([4.0, 3.0, 5.0]).double()
+    v = solver.solve(lambda u: A @ u, b)
+    assert torch.isfinite(v).all()
+    assert float((b - A @ v).norm()) == pytest.approx(5.0, rel=1e-6)
+    zero = solver.solve(lambda u: 0.0 * u, b)
+    assert torch.equal(zero, torch.zeros(3).double())
+
+
+def test_gmres_restarts() -> None:
+    A, b = spd(40, 30.0), rhs(40)
+    v = GMRES(restart=12, max_steps=2000).solve(lambda u: A @ u, b)
+    assert error(v, torch.linalg.solve(A, b)) < 1e-10
+
+
+@pytest.mark.parametrize("solver", [MINRES, GMRES, Nystrom])
+@pytest.mark.parametrize("max_steps", [1, 2, 3, 17])
+def test_new_solvers_never_exceed_their_products(solver: type, max_steps: int) -> None:
+    product = Counted(spd(50, 1e4))
+    method = solver(max_steps=max_steps)
+    method.solve(product, rhs(50))
+    method.solve(product, rhs(50), v0=rhs(50, 3))
+    assert product.calls <= 2 * max_steps + (2 * 20 if solver is Nystrom else 0)
+
+
+@pytest.mark.parametrize("solver", [MINRES, GMRES])
+def test_warm_start_at_the_solution_costs_one_product(solver: type) -> None:
+    A, b = indefinite(10, 10.0), rhs(10)
+    product, exact = Counted(A), torch.linalg.solve(A, b)
+    assert error(solver(rtol=1e-10).solve(product, b, v0=exact), exact) == 0.0
+    assert product.calls == 1
+
+
+def test_nystrom_of_a_low_rank_matrix_is_its_regularized_inverse() -> None:
+    basis = torch.linalg.qr(rhs(200).reshape(40, 5))[0]
+    A = (basis * torch.tensor([100.0, 50.0, 20.0, 5.0, 1.0]).double()) @ basis.T
+    b, rho = rhs(40), 0.1
+    product = Counted(A)
+    v = Nystrom(rank=8, rho=rho).solve(product, b)
+    exact = torch.linalg.solve(A + rho * torch.eye(40).double(), b)
+    assert error(v, exact) < 1e-10
+    assert product.calls == 8
+
+
+def test_nystrom_preconditioner_needs_a_fraction_of_the_products_of_cg() -> None:
+    n = 100
+    basis = torch.linalg.qr(rhs(n * n).reshape(n, n))[0]
+    spectrum = 1.0 + 1e6 / torch.arange(1, n + 1).double() ** 4
+    A, b = (basis * spectrum) @ basis.T, rhs(n)
+    plain, preconditioned = Counted(A), Counted(A)
+    CG(rtol=1e-8).solve(plain, b)
+    v = Nystrom(rank=20, rtol=1e-8).solve(preconditioned, b)
+    assert preconditioned.calls < 0.7 * plain.calls
+    assert error(v, torch.linalg.solve(A, b)) < 1e-6
+
+
+@given(n=st.integers(1, 30), condition=st.floats(1.0, 1e3), seed=st.integers(0, 1000))
+def test_nystrom_solves_any_positive_definite_system(n: int, condition: float, seed: int) -> None:
+    A, b = spd(n, condition, seed), rhs(n, seed + 1)
+    v = Nystrom(rank=5).solve(lambda u: A @ u, b)
+    assert float((b - A @ v).norm() / b.norm()) < 1e-11
+
+
+def test_nystrom_on_an_indefinite_system_is_finite_and_unsolved() -> None:
+    A, b = indefinite(20, 10.0), rhs(20)
+    v = Nystrom(rank=5).solve(lambda u: A @ u, b)
+    assert torch.isfinite(v).all()
+    assert float((b - A @ v).norm() / b.norm()) > 1e-3
+
+
+def test_nystrom_draws_the_same_numbers_and_leaves_the_global_ones() -> None:
+    A, b = spd(20, 1e3), rhs(20)
+    before = torch.random.get_rng_state()
+    first = Nystrom(rank=4, rho=1.0).solve(lambda u: A @ u, b)
+    assert torch.equal(first, Nystrom(rank=4, rho=1.0).solve(lambda u: A @ u, b))
+    assert torch.equal(before, torch.random.get_rng_state())

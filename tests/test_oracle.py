@@ -38,6 +38,16 @@ CALLS = [
     (lambda o: o.linearized(X, Y), Evaluations(lower=1, lower_grad=1)),
     (lambda o: o.linearized(X, Y).hvp(Y), Evaluations(lower=1, lower_grad=1, hvp=1)),
     (lambda o: o.linearized(X, Y).mixed_vjp(Y), Evaluations(lower=1, lower_grad=1, hvp=1)),
+    (lambda o: o.linearized(X, Y).products(Y), Evaluations(lower=1, lower_grad=1, hvp=2)),
+    (
+        lambda o: o.lower_tangents(X, Y, torch.eye(2).double()[:1], torch.eye(2).double()[:1]),
+        Evaluations(lower=1, lower_grad=1, hvp=1),
+    ),
+    (lambda o: o.mapped(lambda x, y, data: y - x, X, Y), Evaluations(lower_grad=1)),
+    (
+        lambda o: o.linearized_map(lambda x, y, data: y - x, X, Y).vjp_y(Y),
+        Evaluations(lower_grad=1, hvp=1),
+    ),
     (lambda o: o.linearized(X, Y).hessian(), Evaluations(lower=1, lower_grad=1, hvp=2)),
     (
         lambda o: o.linearized(X, Y, upper=1.0, lower=2.0).hvp(Y),

@@ -173,3 +173,16 @@ def test_raveled_problem_wraps_any_projection_and_checks_what_it_returns() -> No
     assert flat.domain is not None
     with pytest.raises(StructureError, match=r"domain=\.\.\.\)\(x\)` must have the structure"):
         flat.domain(u)
+
+
+def test_problem_over_vectors_knows_the_trees_of_the_one_it_was_made_of() -> None:
+    x, y = {"b": torch.tensor(5.0), "a": torch.ones(2, 2)}, [torch.arange(3.0)]
+    problem = BilevelProblem(lambda x, y, data: x["b"], lambda x, y, data: y[0].sum())
+    assert problem.unravel is None
+    flat, (u, v), _, _ = _problem.ravel(problem, x, y)
+    again, _, _, _ = _problem.ravel(flat, u, v)  # of vectors: the trees are still the user's
+    for made in (flat, again):
+        assert made.unravel is not None
+        assert torch.equal(made.unravel[0](u)["a"], x["a"])
+        assert float(made.unravel[0](u)["b"]) == 5.0
+        assert torch.equal(made.unravel[1](v)[0], y[0])

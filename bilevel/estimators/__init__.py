@@ -9,6 +9,8 @@ from bilevel.estimators._base import (
 )
 from bilevel.estimators.implicit import Implicit
 from bilevel.estimators.implicit_kkt import ImplicitKKT
+from bilevel.estimators.one_step import OneStep
+from bilevel.estimators.two_sided import TwoSided
 from bilevel.estimators.unrolled import Unrolled
 from bilevel.estimators.value_function import ValueFunction
 
@@ -17,6 +19,8 @@ __all__ = [
     "Estimator",
     "Implicit",
     "ImplicitKKT",
+    "OneStep",
+    "TwoSided",
     "Unrolled",
     "ValueFunction",
     "check_problem",

@@ -16,8 +16,11 @@ from bilevel._oracle import Oracle
 from bilevel._problem import BilevelProblem
 from bilevel._solution import Status
 from bilevel.estimators._base import Estimate, Estimator, failed
+from bilevel.estimators._bound import error_bound
+from bilevel.estimators._fixed_point import at_fixed_point
 from bilevel.estimators._gap import RegularizedLower
-from bilevel.linear import CG, LinearSolver
+from bilevel.fixed_points import FixedPoint
+from bilevel.linear import CG, GMRES, LinearSolver
 from bilevel.optim import Minimizer, Newton
 
 _SOLVED = 1e-6  # relative residual up to which the linear system counts as solved
@@ -36,13 +39,21 @@ class Implicit(Estimator):
     the error of the hypergradient follows both residuals, which `info` reports.
 
     Attributes:
-        linear: Solves for v: `CG()` by Hessian-vector products, `Dense()` by the whole Hessian,
-            `Neumann()` by a truncated series.
-        minimizer: Solves the lower problem.
-        tol: Norm of the lower gradient to reach, relative to the one at the start, >= 0.
+        linear: Solves for v: `CG()` by Hessian-vector products, `MINRES()` where the Hessian is indefinite,
+            `Dense()` by the whole Hessian, `Nystrom()` with a low-rank preconditioner, `Neumann()` by a truncated
+            series. None for `CG()`, and for `GMRES()` with a `condition`, whose matrix is not symmetric.
+        minimizer: Solves the lower problem where there is no `condition`.
+        tol: Norm of the lower gradient, or of $T(x, y) - y$, to reach, relative to the one at the start, >= 0.
+        condition: A `FixedPoint` $y = T(x, y)$ that holds at the lower solution, in place of
+            $\nabla_y f(x, y) = 0$, for an f that is not smooth. The hypergradient then is
+            $\partial_x F + (\partial_x T)^\top v$ with $(I - \partial_y T)^\top v = \partial_y F$, and
+            evaluations of T count as gradients of f.
+        error_bound: Whether `info["error_bound"]` says how far the hypergradient is from the true one, given both
+            residuals: a bound to first order, by one Newton step and one linear solve more, which `evaluations`
+            count. Not with a `condition`.
 
     Raises:
-        ValueError: `tol` is negative.
+        ValueError: `tol` is negative, or a `minimizer` is given beside a `condition`.
 
     Example:
         >>> import torch, bilevel as bl
@@ -59,12 +70,25 @@ class Implicit(Estimator):
         Pedregosa, Hyperparameter optimization with approximate gradient (ICML 2016), Eq. 2.
     """
 
-    linear: LinearSolver = field(default_factory=CG)
+    linear: LinearSolver | None = None
     minimizer: Minimizer = field(default_factory=Newton)
     tol: float = 1e-13
+    condition: FixedPoint | None = None
+    error_bound: bool = True
 
     def __post_init__(self) -> None:
-        check_kind("Implicit(linear=...)", self.linear, LinearSolver, "Pass e.g. `linear.CG()`.")
+        if self.linear is not None:
+            check_kind(
+                "Implicit(linear=...)", self.linear, LinearSolver, "Pass e.g. `linear.CG()`."
+            )
+        if self.condition is not None:
+            mend = "Pass e.g. `FixedPoint(fixed_points.prox_gradient(...))`."
+            check_kind("Implicit(condition=...)", self.condition, FixedPoint, mend)
+            if self.minimizer != Newton():
+                raise ValueError(
+                    "`Implicit(minimizer=...)` must be left out where a condition is given, which has an iteration "
+                    f"of its own. Got minimizer={self.minimizer}. Set `FixedPoint(max_steps=...)` instead."
+                )
         check_kind("Implicit(minimizer=...)", self.minimizer, Minimizer, "Pass e.g. `Newton()`.")
         if not self.tol >= 0.0:
             raise ValueError(
@@ -80,6 +104,13 @@ class Implicit(Estimator):
         memory: Mapping[str, Any] | None = None,
     ) -> Estimate:
         """See `Estimator.estimate`."""
+        solved_to = max(_SOLVED, 100.0 * torch.finfo(x.dtype).eps)
+        if self.condition is not None:
+            linear = self.linear or GMRES()
+            return at_fixed_point(
+                self.condition, linear, self.tol, solved_to, problem, x, y, data, memory
+            )
+        linear = self.linear or CG()
         warm = memory or {}
         oracle = Oracle(problem, data)
         lower = RegularizedLower(oracle, x, 0.0, warm.get("lower_hessian"))
@@ -91,7 +122,7 @@ class Implicit(Estimator):
         y = solved.point.y
         upper, upper_x, upper_y = oracle.upper_grad(x, y)
         gradient = oracle.linearized(x, y)
-        v = self.linear.solve(gradient.hvp, upper_y, warm.get("v"))
+        v = linear.solve(gradient.hvp, upper_y, warm.get("v"))
         size = _tree.length(upper_y)
         residual = _tree.length(gradient.hvp(v) - upper_y) / (size or 1.0)
         grad = upper_x - gradient.mixed_vjp(v)
@@ -100,19 +131,23 @@ class Implicit(Estimator):
             status = Status.NONFINITE
         elif solved.status is not Status.CONVERGED:
             status = Status.LOWER_UNSOLVED
-        elif not residual <= max(_SOLVED, 100.0 * torch.finfo(x.dtype).eps):
+        elif not residual <= solved_to:
             status = Status.LINEAR_UNSOLVED
+        info = {
+            "upper": float(upper),
+            "lower": solved.point.extra.lower,
+            "lower_residual": solved.residual,
+            "linear_residual": residual,
+        }
+        if self.error_bound and status is not Status.NONFINITE:
+            hessian = lower.lower_hessian
+            info["error_bound"] = error_bound(oracle, x, y, grad, gradient, hessian, v)
         return Estimate(
             grad=grad,
             y=y,
             value=float(upper),
             status=status,
-            info={
-                "upper": float(upper),
-                "lower": solved.point.extra.lower,
-                "lower_residual": solved.residual,
-                "linear_residual": residual,
-            },
+            info=info,
             # F(x, y) - F(x, y*) = v . grad_y f to first order: the lower residual is rounding too
             noise=torch.finfo(x.dtype).eps * abs(float(upper)) + _tree.length(v) * solved.residual,
             memory={"v": v, "scale": scale, "lower_hessian": lower.lower_hessian},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +14,12 @@ from bilevel import _tree
 from bilevel._oracle import Oracle
 from bilevel._problem import BilevelProblem
 from bilevel._solution import Status
-from bilevel.estimators._base import Estimate, Estimator
+from bilevel.estimators._base import Estimate, Estimator, failed
+
+_FALLEN = (
+    1e-2  # what may be left of the first gradient of f where the lower problem counts as solved
+)
+_AT_HAND = 2**16  # numbers up to which all iterates are kept: half a megabyte in float64
 
 
 @dataclass(frozen=True)
@@ -24,9 +29,20 @@ class Unrolled(Estimator):
     It is the exact gradient of what T steps of gradient descent reach. Where the lower problem has many
     solutions, that is the solution the start leads to, whatever F would choose among them.
 
+    Reverse mode goes back through the steps with a cotangent of y, and recomputes the graph of each step when it
+    gets there. Of a long run it keeps every $\sqrt T$-th iterate and computes those between a second time, so that
+    memory grows as $\sqrt T\, n$ and not with the size of the graphs. Forward mode carries $dy_t/dx$, shape (n, m),
+    along with the steps: it keeps nothing, and costs m products a step, so it is for a few upper variables.
+
+    The status is LOWER_UNSOLVED where the gradient of f has not fallen to a hundredth of the first one seen: too
+    few steps, or steps so long that they diverge. The number is still the exact gradient of the returned value.
+
     Attributes:
         max_steps: T, the number of steps, >= 1.
         lr: alpha, their length, > 0; below 2 over the largest eigenvalue of the lower Hessian.
+        truncate: K >= 1: differentiate the last K steps only, and take $y_{T-K}$ for a constant. The error falls as
+            $(1 - \alpha \lambda_{\min})^K$ where the lower problem is strongly convex. None for all steps.
+        mode: `"reverse"`, or `"forward"` for few upper variables.
 
     Raises:
         ValueError: A parameter is out of its range.
@@ -44,11 +60,15 @@ class Unrolled(Estimator):
         6.0
 
     References:
-        Franceschi et al., Forward and reverse gradient-based hyperparameter optimization (ICML 2017), algorithm 1.
+        Franceschi et al., Forward and reverse gradient-based hyperparameter optimization (ICML 2017), algorithms 1
+        and 2; Shaban et al., Truncated back-propagation for bilevel optimization (AISTATS 2019), Eq. 5; Griewank and
+        Walther, Evaluating derivatives (2008), chapter 12, for the recomputation.
     """
 
     max_steps: int = 100
     lr: float = 0.1
+    truncate: int | None = None
+    mode: Literal["reverse", "forward"] = "reverse"
 
     def __post_init__(self) -> None:
         if self.max_steps < 1:
@@ -59,6 +79,21 @@ class Unrolled(Estimator):
             raise ValueError(
                 f"`Unrolled(lr=...)` must be a finite number > 0. Got lr={self.lr}. Use e.g. 0.1."
             )
+        if self.truncate is not None and self.truncate < 1:
+            raise ValueError(
+                f"`Unrolled(truncate=...)` must be at least 1, or None. Got truncate={self.truncate}. "
+                "Give the number of last steps to differentiate, or leave it out for all."
+            )
+        if self.mode not in ("reverse", "forward"):
+            raise ValueError(
+                f'`Unrolled(mode=...)` must be "reverse" or "forward". Got mode={self.mode!r}. '
+                'Use "forward" for a few upper variables only.'
+            )
+
+    @property
+    def _constant_steps(self) -> int:
+        """T - K, the steps that are not differentiated."""
+        return 0 if self.truncate is None else max(0, self.max_steps - self.truncate)
 
     def estimate(
         self,
@@ -70,25 +105,67 @@ class Unrolled(Estimator):
     ) -> Estimate:
         """See `Estimator.estimate`."""
         oracle = Oracle(problem, data)
-        trajectory = [y]
-        for _ in range(self.max_steps):
-            _, grad_y = oracle.lower_grad_y(x, trajectory[-1])
-            trajectory.append(trajectory[-1] - self.lr * grad_y)
-        upper, grad, cotangent = oracle.upper_grad(x, trajectory[-1])
-        for before in reversed(
-            trajectory[:-1]
-        ):  # the adjoint of one step, from the last to the first
-            gradient = oracle.linearized(x, before)
-            grad = grad - self.lr * gradient.mixed_vjp(cotangent)
-            cotangent = cotangent - self.lr * gradient.hvp(cotangent)
-        residual = _tree.length(oracle.lower_grad_y(x, trajectory[-1])[1])
-        finite = math.isfinite(float(upper)) and bool(torch.isfinite(grad).all())
+        differentiate = self._reverse if self.mode == "reverse" else self._forward
+        final, upper, grad, first = differentiate(oracle, x, y)
+        lower, last = oracle.lower_grad_y(x, final)
+        residual = _tree.length(last)
+        if not (math.isfinite(residual) and math.isfinite(upper) and _tree.is_finite(grad)):
+            return failed(oracle, x, y, Status.NONFINITE)
+        eps = torch.finfo(x.dtype).eps
+        scale = max(first, float((memory or {}).get("scale", 0.0)))
+        has_fallen = residual <= _FALLEN * scale and residual <= max(first, math.sqrt(eps) * scale)
         return Estimate(
             grad=grad,
-            y=trajectory[-1],
-            value=float(upper),
-            status=Status.CONVERGED if finite else Status.NONFINITE,
-            info={"upper": float(upper), "lower_residual": residual},
-            noise=torch.finfo(x.dtype).eps * abs(float(upper)),
+            y=final,
+            value=upper,
+            status=Status.CONVERGED if has_fallen else Status.LOWER_UNSOLVED,
+            info={"upper": upper, "lower": float(lower), "lower_residual": residual},
+            noise=eps * abs(upper),
+            memory={"scale": scale},
             evaluations=oracle.evaluations,
         )
+
+    def _step(self, oracle: Oracle, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The next iterate, and the gradient of f that led there."""
+        _, grad = oracle.lower_grad_y(x, y)
+        return y - self.lr * grad, grad
+
+    def _reverse(self, oracle: Oracle, x: Tensor, y: Tensor) -> tuple[Tensor, float, Tensor, float]:
+        """y_T, F there, the hypergradient, and the length of the first gradient of f."""
+        kept = self.max_steps - self._constant_steps
+        every = 1 if kept * y.numel() <= _AT_HAND else math.ceil(math.sqrt(kept))
+        first = 0.0
+        checkpoints: list[Tensor] = []
+        for t in range(self.max_steps):
+            if t >= self._constant_steps and (t - self._constant_steps) % every == 0:
+                checkpoints.append(y)
+            y, grad_y = self._step(oracle, x, y)
+            first = _tree.length(grad_y) if t == 0 else first
+        upper, grad, cotangent = oracle.upper_grad(x, y)
+        end = kept
+        while checkpoints:
+            segment = [checkpoints.pop()]
+            start = len(checkpoints) * every
+            while len(segment) < end - start:
+                segment.append(self._step(oracle, x, segment[-1])[0])
+            end = start
+            while segment:  # the adjoint of one step, from the last to the first
+                mixed, product = oracle.linearized(x, segment.pop()).products(cotangent)
+                grad = grad - self.lr * mixed
+                cotangent = cotangent - self.lr * product
+        return y, float(upper), grad, first
+
+    def _forward(self, oracle: Oracle, x: Tensor, y: Tensor) -> tuple[Tensor, float, Tensor, float]:
+        """The same, with $dy_t/dx$ carried along: its transpose, shape (m, n)."""
+        along_x = torch.eye(x.numel(), dtype=x.dtype, device=x.device)
+        along_y = torch.zeros(x.numel(), y.numel(), dtype=y.dtype, device=y.device)
+        first = 0.0
+        for t in range(self.max_steps):
+            if t < self._constant_steps:
+                y, grad_y = self._step(oracle, x, y)
+            else:
+                grad_y, tangents = oracle.lower_tangents(x, y, along_x, along_y)
+                y, along_y = y - self.lr * grad_y, along_y - self.lr * tangents
+            first = _tree.length(grad_y) if t == 0 else first
+        upper, upper_x, upper_y = oracle.upper_grad(x, y)
+        return y, float(upper), upper_x + along_y @ upper_y, first

@@ -16,6 +16,7 @@ from bilevel._problem import BilevelProblem
 from bilevel._solution import Status
 from bilevel.barriers import Barrier, log_rational
 from bilevel.estimators._base import Estimate, Estimator, failed
+from bilevel.estimators._bound import error_bound
 from bilevel.estimators._gap import AtY, GapFunction, RegularizedLower
 from bilevel.optim._base import Minimizer, Minimum, Point
 from bilevel.optim.newton import Newton
@@ -48,6 +49,10 @@ class ValueFunction(Estimator):
         pessimistic: Let y maximize F over the lower solutions instead of minimizing it.
         tol: Accuracy of z and y, relative to the gradient of F in y.
         minimizer: Finds z and y.
+        error_bound: Whether `info["error_bound"]` says how far the gradient is from that of $F(x, y^*(x))$: a bound
+            to first order on the bias and on what inexact z and y add to it. It takes second derivatives of f, by one
+            Newton step and one linear solve at z, and is infinite where the lower Hessian is singular or torch has
+            no second derivatives of f.
 
     Raises:
         ValueError: A parameter is out of its range.
@@ -80,6 +85,7 @@ class ValueFunction(Estimator):
     pessimistic: bool = False
     tol: float = 1e-10
     minimizer: Minimizer = field(default_factory=Newton)
+    error_bound: bool = True
 
     def __post_init__(self) -> None:
         for name in ("mu", "sigma", "tol"):
@@ -137,7 +143,7 @@ class ValueFunction(Estimator):
                 return failed(oracle, x, y, minimum.status)
             y = minimum.point.y
             if gap.regularized_gap(minimum.point) >= -_BETTER * self.epsilon:
-                return self._estimate(oracle, lower, gap, z, minimum, pull)
+                return self._estimate(oracle, x, lower, gap, z, minimum, pull)
             # y lies in a deeper lower basin than z: z starts again from there.
             z = self.minimizer.minimize(lower, lower.evaluate(y), self.tol * push)
             gap = GapFunction(oracle, x, self, z.point, gap.hessians)
@@ -157,6 +163,7 @@ class ValueFunction(Estimator):
     def _estimate(
         self,
         oracle: Oracle,
+        x: Tensor,
         lower: RegularizedLower,
         gap: GapFunction,
         z: Minimum,
@@ -172,21 +179,28 @@ class ValueFunction(Estimator):
             status = Status.NONFINITE
         elif not (z.status is y.status is Status.CONVERGED):
             status = Status.LOWER_UNSOLVED
+        info = {
+            "upper": at_y.upper,
+            "lower": at_y.lower,
+            "value_gap": at_y.gap,
+            "gap_noise": at_y.gap_noise,
+            "slack": -at_y.zeta,
+            "multiplier": at_y.multiplier,
+            "lower_residual": z.residual,
+            "residual": y.residual,
+        }
+        if self.error_bound and status is not Status.NONFINITE:
+            try:
+                bound = error_bound(oracle, x, z.point.y, grad, hessian=lower.lower_hessian)
+            except RuntimeError:  # f was differentiated many times before, but never twice
+                bound = math.inf
+            info["error_bound"] = bound
         return Estimate(
             grad=grad,
             y=y.point.y,
             value=sign * y.point.value,
             status=status,
-            info={
-                "upper": at_y.upper,
-                "lower": at_y.lower,
-                "value_gap": at_y.gap,
-                "gap_noise": at_y.gap_noise,
-                "slack": -at_y.zeta,
-                "multiplier": at_y.multiplier,
-                "lower_residual": z.residual,
-                "residual": y.residual,
-            },
+            info=info,
             noise=y.point.noise,
             memory={
                 "z": z.point.y,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -80,3 +81,18 @@ def system(matvec: Callable[[Tree], Tree], b: Tree, v0: Tree | None) -> System:
         _tree.check_like(v0, b, "v0")
         start = _tree.ravel(v0)[0].detach().to(wide, copy=True)
     return System(product, vector.detach().to(wide), start, lambda v: unravel(v.to(dtype)))
+
+
+def check_limits(name: str, rtol: float, max_steps: int | None, atol: float = 0.0) -> None:
+    """Raises a ValueError unless the tolerances and the limit of an iterative solver are in range."""
+    for parameter, value in (("rtol", rtol), ("atol", atol)):
+        if not 0.0 <= value < math.inf:
+            raise ValueError(
+                f"`{name}({parameter}=...)` must be a finite number of at least 0. "
+                f"Got {parameter}={value}. Pass e.g. 1e-8."
+            )
+    if max_steps is not None and max_steps < 1:
+        raise ValueError(
+            f"`{name}(max_steps=...)` must be at least 1, or None. Got max_steps={max_steps}. "
+            "Pass None to let the number of unknowns decide."
+        )

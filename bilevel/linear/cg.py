@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from bilevel._tree import norm
 from bilevel._types import Tree
-from bilevel.linear._base import LinearSolver, System, system
+from bilevel.linear._base import LinearSolver, System, check_limits, system
 
 
 @dataclass(frozen=True)
@@ -41,59 +42,81 @@ class CG(LinearSolver):
         Research of the National Bureau of Standards, 1952.
     """
 
-    rtol: float = 1e-12
+    rtol: float = 1e-14
     atol: float = 0.0
     max_steps: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("rtol", "atol"):
-            if not 0.0 <= getattr(self, name) < math.inf:
-                raise ValueError(
-                    f"`CG({name}=...)` must be a finite number of at least 0. "
-                    f"Got {name}={getattr(self, name)}. Pass e.g. 1e-8."
-                )
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ValueError(
-                "`CG(max_steps=...)` must be at least 1, or None. "
-                f"Got max_steps={self.max_steps}. Pass None for ten times the number of unknowns."
-            )
+        check_limits("CG", self.rtol, self.max_steps, self.atol)
 
     def solve(self, matvec: Callable[[Tree], Tree], b: Tree, v0: Tree | None = None) -> Tree:
         """See `LinearSolver.solve`."""
         equation = system(matvec, b, v0)
-        return equation.restore(self._solve(equation))
+        n = equation.b.numel()
+        steps = 10 * n if self.max_steps is None else self.max_steps
+        return equation.restore(conjugate_gradients(equation, self.rtol, self.atol, steps))
 
-    def _solve(self, equation: System) -> torch.Tensor:
-        A, b, n = equation.matvec, equation.b, equation.b.numel()
-        size = float(norm(b))
-        if size == 0.0 or not math.isfinite(size):
-            return b * size  # zero, or NaN and infinities
-        eps = torch.finfo(b.dtype).eps
-        target = max(self.rtol * size, self.atol, eps * size)
-        left = 10 * n if self.max_steps is None else self.max_steps
-        if equation.v0 is None:
-            v, r = torch.zeros_like(b), b
-        else:
-            v = equation.v0
-            r, left = b - A(v), left - 1
-        p, rr = r, float(torch.dot(r, r))
-        best, least = v, math.inf
-        while math.sqrt(rr) > target and left > 0:
-            Ap, left = A(p), left - 1
-            curvature = float(torch.dot(p, Ap))
-            if not curvature > 0.0:
-                break
-            step = rr / curvature
-            v = v + step * p
-            r = r - step * Ap
-            rr, rr_before = float(torch.dot(r, r)), rr
-            p = r + (rr / rr_before) * p
-            if math.sqrt(rr) > target or target > math.sqrt(eps) * size or left == 0:
-                continue
-            # The recursion claims convergence below what its rounding errors may amount to.
-            r, left = b - A(v), left - 1
-            p, rr = r, float(torch.dot(r, r))
-            if math.sqrt(rr) > 0.5 * least:  # no better than at the claim before
-                return v if math.sqrt(rr) < least else best
-            best, least = v, math.sqrt(rr)
-        return v
+
+def conjugate_gradients(
+    equation: System,
+    rtol: float,
+    atol: float,
+    max_steps: int,
+    precondition: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """The loop of `CG`, with a symmetric positive definite approximation of the inverse or without.
+
+    Args:
+        equation: The system.
+        rtol: See `CG`.
+        atol: See `CG`.
+        max_steps: Products at most.
+        precondition: Applies the approximate inverse.
+
+    Returns:
+        The last iterate, shape (n,).
+    """
+    A, b, left = equation.matvec, equation.b, max_steps
+    size = float(norm(b))
+    if size == 0.0 or not math.isfinite(size):
+        return b * size  # zero, or NaN and infinities
+    eps = torch.finfo(b.dtype).eps
+    target = max(rtol * size, atol, eps * size)
+
+    def measured(r: Tensor) -> tuple[Tensor, float, float]:
+        """The preconditioned residual z, r . z and |r|."""
+        if precondition is None:
+            rr = float(torch.dot(r, r))
+            return r, rr, math.sqrt(rr)
+        z = precondition(r)
+        return z, float(torch.dot(r, z)), float(norm(r))
+
+    if equation.v0 is None:
+        v, r = torch.zeros_like(b), b
+    else:
+        v = equation.v0
+        r, left = b - A(v), left - 1
+    z, rz, residual = measured(r)
+    p = z
+    best, least = v, math.inf
+    while residual > target and left > 0:
+        Ap, left = A(p), left - 1
+        curvature = float(torch.dot(p, Ap))
+        if not curvature > 0.0:
+            break
+        step = rz / curvature
+        v = v + step * p
+        r = r - step * Ap
+        rz_before = rz
+        z, rz, residual = measured(r)
+        p = z + (rz / rz_before) * p
+        if residual > target or target > math.sqrt(eps) * size or left == 0:
+            continue
+        # The recursion claims convergence below what its rounding errors may amount to.
+        r, left = b - A(v), left - 1
+        z, rz, residual = measured(r)
+        p = z
+        if residual > 0.5 * least:  # no better than at the claim before
+            return v if residual < least else best
+        best, least = v, residual
+    return v

@@ -1,0 +1,225 @@
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from cases import reduced
+from torch import Tensor
+
+import bilevel as bl
+from bilevel.testing.problems import quadratic
+
+
+def torch_through_the_loop(
+    problem: bl.BilevelProblem, x: Tensor, y: Tensor, steps: int, constant: int, lr: float
+) -> Tensor:
+    """torch differentiates a plain loop, whose first steps it does not see."""
+    x = x.clone().requires_grad_()
+    v = y.clone().requires_grad_()
+    for t in range(steps):
+        (grad,) = torch.autograd.grad(problem.lower(x, v, None), v, create_graph=True)
+        v = v - lr * grad
+        if t < constant:
+            v = v.detach().requires_grad_()
+    return torch.autograd.grad(problem.upper(x, v, None), x)[0]
+
+
+def wavy(x: Tensor, y: Tensor, data: Any) -> Tensor:
+    return (torch.sin(y) * x[0]).sum() + 0.5 * (y**2).sum() + y[0] * y[1] * x[1]
+
+
+WAVY = bl.BilevelProblem(lambda x, y, data: (y**3).sum() + (x * x).sum() * y[0], wavy)
+X, Y = torch.tensor([0.5, -0.4]).double(), torch.tensor([0.3, 0.9, -0.2]).double()
+
+
+@pytest.mark.parametrize("mode", ["reverse", "forward"])
+@pytest.mark.parametrize("truncate", [None, 1, 3, 7, 50])
+def test_both_modes_are_torch_through_its_own_loop(mode: Any, truncate: int | None) -> None:
+    method = bl.Unrolled(7, lr=0.2, truncate=truncate, mode=mode)
+    estimate = method.estimate(WAVY, X, Y)
+    constant = 0 if truncate is None else max(0, 7 - truncate)
+    exact = torch_through_the_loop(WAVY, X, Y, 7, constant, 0.2)
+    torch.testing.assert_close(estimate.grad, exact, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 9, 10, 50])
+@pytest.mark.parametrize("truncate", [None, 7])
+def test_recomputed_iterates_give_the_same_gradient(
+    steps: int, truncate: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = bl.Unrolled(steps, lr=0.2, truncate=truncate)
+    at_hand = method.estimate(WAVY, X, Y)
+    monkeypatch.setattr("bilevel.estimators.unrolled._AT_HAND", 0)
+    again = method.estimate(WAVY, X, Y)
+    assert torch.equal(at_hand.grad, again.grad)
+    assert torch.equal(at_hand.y, again.y)
+
+
+@pytest.mark.parametrize("truncate", [1, 5, 20])
+def test_truncation_is_off_by_its_rate(truncate: int) -> None:
+    """f = (y - 3 x)^2 / 2: dy_T/dx = 3 (1 - (1 - a)^K) whatever happened before the last K steps."""
+    a, x = 0.3, torch.ones(1).double()
+    problem = bl.BilevelProblem(
+        lambda x, y, data: 0.5 * ((y - 1.0) ** 2).sum(),
+        lambda x, y, data: 0.5 * ((y - 3.0 * x) ** 2).sum(),
+    )
+    for mode in ("reverse", "forward"):
+        method = bl.Unrolled(100, lr=a, truncate=truncate, mode=mode)
+        grad = method.estimate(problem, x, 0.0 * x).grad
+        assert float(grad) == pytest.approx(2.0 * 3.0 * (1.0 - (1.0 - a) ** truncate), rel=1e-12)
+
+
+class Living:
+    """f, and the largest number of its iterates that were in memory at once."""
+
+    def __init__(self, n: int) -> None:
+        self.known: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.most = 0
+        self.scale = torch.linspace(0.5, 1.0, n).double()
+
+    def __call__(self, x: Tensor, y: Tensor, data: Any) -> Tensor:
+        self.known.add(y.untyped_storage())
+        self.most = max(self.most, len(self.known))
+        return 0.5 * (self.scale * (y - x) ** 2).sum()
+
+
+def most_iterates_alive(steps: int, **options: Any) -> int:
+    n = 2000  # above the size at which everything is kept
+    lower = Living(n)
+    problem = bl.BilevelProblem(lambda x, y, data: (y**2).sum(), lower)
+    gc.collect()
+    bl.Unrolled(steps, lr=0.1, **options).estimate(
+        problem, torch.ones(1).double(), torch.zeros(n).double()
+    )
+    return lower.most
+
+
+def test_memory_grows_as_the_root_of_the_steps() -> None:
+    few, many = most_iterates_alive(100), most_iterates_alive(1600)
+    assert few <= 2 * 10 + 8
+    assert many <= 2 * 40 + 8
+
+
+def test_truncated_memory_does_not_grow_with_the_steps() -> None:
+    assert most_iterates_alive(400, truncate=4) <= 2 * 4 + 4
+
+
+def test_forward_mode_keeps_nothing_of_its_steps() -> None:
+    n = 2000
+    alive: list[int] = []
+
+    def upper(x: Tensor, y: Tensor, data: Any) -> Tensor:  # called once, after the last step
+        tensors = [o for o in gc.get_objects() if type(o) is Tensor]
+        alive.append(sum(o.numel() == n for o in tensors))
+        return (y**2).sum()
+
+    problem = bl.BilevelProblem(upper, lambda x, y, data: 0.5 * ((y - x) ** 2).sum())
+    for steps in (5, 50):
+        method = bl.Unrolled(steps, lr=0.1, mode="forward")
+        gc.collect()
+        method.estimate(problem, torch.ones(1).double(), torch.zeros(n).double())
+    assert alive[1] <= alive[0] <= 6
+
+
+def test_recomputation_is_counted() -> None:
+    x, y = torch.ones(1).double(), torch.zeros(2000).double()
+    problem = bl.BilevelProblem(lambda x, y, data: (y**2).sum(), Living(2000))
+    count = bl.Unrolled(100).estimate(problem, x, y).evaluations
+    # down, again between the ten checkpoints, up, and the residual
+    assert count.lower_grad == 100 + 90 + 100 + 1
+    assert count.hvp == 200
+    assert count.upper_grad == 1
+
+
+@pytest.mark.parametrize(("mode", "products"), [("reverse", 6), ("forward", 6)])
+def test_cost_of_the_truncated_modes(mode: Any, products: int) -> None:
+    count = bl.Unrolled(8, lr=0.2, truncate=3, mode=mode).estimate(WAVY, X, Y).evaluations
+    assert count.hvp == products  # two a step up, or one a step and upper variable
+    assert count.lower_grad == (8 + 3 + 1 if mode == "reverse" else 8 + 1)
+
+
+@pytest.mark.parametrize("mode", ["reverse", "forward"])
+@pytest.mark.parametrize("steps", [3, 10, 20])
+def test_too_few_steps_are_unsolved(steps: int, mode: Any) -> None:
+    case = quadratic()
+    estimate = bl.Unrolled(steps, lr=0.1, mode=mode).estimate(case.problem, case.x0, case.y0)
+    exact = torch.func.grad(reduced(case.problem, case.y0))(case.x0)
+    assert float((estimate.grad - exact).norm() / exact.norm()) > 1e-3
+    assert estimate.status is bl.Status.LOWER_UNSOLVED
+
+
+@pytest.mark.parametrize("mode", ["reverse", "forward"])
+@pytest.mark.parametrize(
+    ("steps", "status"), [(30, bl.Status.LOWER_UNSOLVED), (400, bl.Status.NONFINITE)]
+)
+def test_divergence_is_said_before_and_after_it_overflows(
+    steps: int, status: bl.Status, mode: Any
+) -> None:
+    case = quadratic()  # eigenvalues from 1 to 10: a step of 0.25 is too long
+    estimate = bl.Unrolled(steps, lr=0.25 if steps == 30 else 1.5, mode=mode).estimate(
+        case.problem, case.x0, case.y0
+    )
+    assert estimate.status is status
+
+
+def test_divergence_after_a_solved_problem_is_not_hidden_by_the_first_gradient() -> None:
+    case = quadratic()
+    solved = bl.Unrolled(200, lr=0.15).estimate(case.problem, case.x0, case.y0)
+    memory = dict(solved.memory)
+    near = case.x0 + 1e-4
+    diverging = bl.Unrolled(8, lr=0.25).estimate(case.problem, near, solved.y, None, memory)
+    assert diverging.status is bl.Status.LOWER_UNSOLVED
+
+
+def test_few_steps_from_a_solved_start_are_enough() -> None:
+    case = quadratic()
+    solved = bl.Unrolled(200, lr=0.15).estimate(case.problem, case.x0, case.y0)
+    again = bl.Unrolled(5, lr=0.15).estimate(
+        case.problem, case.x0, solved.y, None, dict(solved.memory)
+    )
+    assert again.status is bl.Status.CONVERGED
+
+
+def test_forward_mode_over_trees() -> None:
+    problem = bl.BilevelProblem(
+        lambda x, y, data: (y["a"] ** 2).sum() + (y["b"] * x[0]).sum(),
+        lambda x, y, data: ((y["a"] - x[0]) ** 2).sum() + ((y["b"] - x[1]) ** 2).sum(),
+        per_sample=False,
+    )
+    x = [torch.tensor(1.5).double(), torch.tensor([2.0, 1.0]).double()]
+    y = {"a": torch.zeros(1).double(), "b": torch.zeros(1, 2).double()}
+    found = bl.hypergradient(problem, x, y, bl.Unrolled(100, lr=0.2, mode="forward"))
+    # F = x0^2 + x0 (x1[0] + x1[1]) at the solution
+    assert float(found.grad[0]) == pytest.approx(2 * 1.5 + 3.0, rel=1e-9)
+    assert found.grad[1].tolist() == pytest.approx([1.5, 1.5], rel=1e-9)
+
+
+def test_forward_mode_takes_the_mean_of_the_samples() -> None:
+    problem = bl.BilevelProblem(
+        lambda x, y, data: (y**2).sum(), lambda x, y, data: (y - x * data) ** 2, per_sample=True
+    )
+    x, y, data = torch.ones(1).double(), torch.zeros(1).double(), torch.tensor([1.0, 3.0]).double()
+    grads = [
+        bl.Unrolled(50, lr=0.4, mode=mode).estimate(problem, x, y, data).grad
+        for mode in ("reverse", "forward")
+    ]
+    assert float(grads[0]) == pytest.approx(8.0, rel=1e-9)  # y = 2 x
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"truncate": 0}, "`Unrolled(truncate=...)` must be at least 1, or None. Got truncate=0"),
+        (
+            {"mode": "both"},
+            '`Unrolled(mode=...)` must be "reverse" or "forward". Got mode=\'both\'',
+        ),
+        ({"lr": 0.0}, "`Unrolled(lr=...)` must be a finite number > 0. Got lr=0.0"),
+    ],
+)
+def test_bad_parameter_is_named(options: Any, message: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        bl.Unrolled(**options)
+    assert message in str(caught.value)
