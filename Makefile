@@ -12,10 +12,10 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo zoo test fuzz lint fmt bench docs serve check clean
+.PHONY: help setup demo zoo scoreboard test fuzz lint fmt bench docs serve check clean
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## Create or update the environment in .venv
 
@@ -32,6 +32,10 @@ demo: $(STAMP)  ## Train EchoIR with ASBLO on photographs (about 10 minutes on 2
 
 zoo: $(STAMP)  ## Solve the test problems, print the table, write docs/zoo.md
 	$(RUN) benchmarks/zoo.py
+
+PROBLEMS ?= ../shared/problems
+scoreboard: $(STAMP)  ## Solve a folder of published problems (PROBLEMS=...), write docs/scoreboard.md
+	$(RUN) benchmarks/scoreboard.py $(PROBLEMS)
 
 test: $(STAMP)  ## Run the tests
 	$(RUN) -m pytest

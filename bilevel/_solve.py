@@ -111,11 +111,11 @@ def iterate(
                 "`iterate(batches=...)` must hold at least one batch. Got none. "
                 "Pass the data of each step, or leave it out for the full-batch mode."
             ) from None
-        check_problem(problem, x0, y0, first)
+        checked = check_problem(problem, x0, y0, first)
         x0, y0 = _tree.detach(x0), _tree.detach(y0)
         stream = itertools.chain([first], stream)
         state = solver.init(problem, x0, y0, first, full_batch=batches is None)
-        state = replace(state, origin=origin)
+        state = replace(state, origin=origin, evaluations=state.evaluations + checked)
         if state.status is Status.NONFINITE:
             state = replace(state, message=f"{state.message}; {_blame(problem, x0, y0, first)}")
     elif state.origin != origin:

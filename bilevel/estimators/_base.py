@@ -162,8 +162,11 @@ def refuse_constraints(problem: BilevelProblem, name: str, allowed: tuple[str, .
             )
 
 
-def check_problem(problem: BilevelProblem, x: Tree, y: Tree, data: Any) -> None:
+def check_problem(problem: BilevelProblem, x: Tree, y: Tree, data: Any) -> Evaluations:
     """Raises where the variables, or the way in which the objectives use them, cannot be right.
+
+    Returns:
+        What the check evaluated: each objective once, with its gradient.
 
     Raises:
         StructureError: `x` or `y` is no tree of floating tensors.
@@ -215,6 +218,7 @@ def check_problem(problem: BilevelProblem, x: Tree, y: Tree, data: Any) -> None:
             "`BilevelProblem(upper=...)` must depend on y. Got no dependence on any leaf of y0. "
             "Without it the problem has one level: minimize `upper` over x with any optimizer."
         )
+    return Evaluations(upper=1, lower=1, upper_grad=1, lower_grad=1)
 
 
 def _total(fun: Objective, data: Any, x: Tree, y: Tree) -> Tensor:
