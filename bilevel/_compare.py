@@ -108,7 +108,7 @@ class Comparison:
         except ImportError as error:
             raise ImportError(
                 "`Comparison.plot` needs matplotlib. Got an environment without it. "
-                "Install it: `pip install matplotlib`."
+                "Install it: `pip install matplotlib`, or the extra `plot`."
             ) from error
         figure = figures.Figure(figsize=(6.4, 4.0), layout="constrained")
         axes = figure.subplots()

@@ -109,6 +109,12 @@ def test_plot_draws_each_run_against_its_cost(
     assert drawn == {run.name: (run.costs, run.values) for run in found.runs}
 
 
+def test_plot_is_a_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    bl.compare(CASE.problem, SOLVERS, *START, budget=50).plot(tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_budgets_and_solvers_are_checked() -> None:
     with pytest.raises(ValueError, match="Got neither"):
         bl.compare(CASE.problem, SOLVERS, *START)
