@@ -20,7 +20,7 @@ from bilevel._solve import iterate, solve
 from bilevel._types import Schedule
 from bilevel.diagnostics import Report, check_hypergradient
 from bilevel.estimators import Estimate, Estimator, Implicit, Unrolled, ValueFunction, hypergradient
-from bilevel.solvers import ASBLO, HypergradientDescent, Solver
+from bilevel.solvers import ASBLO, F2SA, VPBGD, HypergradientDescent, Solver
 
 __all__ = [
     "ASBLO",
@@ -34,6 +34,7 @@ __all__ = [
     "Estimate",
     "Estimator",
     "Evaluations",
+    "F2SA",
     "HypergradientDescent",
     "Implicit",
     "InfeasibleError",
@@ -48,6 +49,7 @@ __all__ = [
     "StructureError",
     "UnboundedError",
     "Unrolled",
+    "VPBGD",
     "ValueFunction",
     "barriers",
     "certify",
