@@ -20,10 +20,11 @@ from bilevel._solve import iterate, solve
 from bilevel._types import Schedule
 from bilevel.diagnostics import Report, check_hypergradient
 from bilevel.estimators import Estimate, Estimator, Implicit, Unrolled, ValueFunction, hypergradient
-from bilevel.solvers import ASBLO, F2SA, VPBGD, HypergradientDescent, Solver
+from bilevel.solvers import ASBLO, BOME, F2SA, MEHA, VPBGD, HypergradientDescent, Solver
 
 __all__ = [
     "ASBLO",
+    "BOME",
     "Batch",
     "BilevelError",
     "BilevelProblem",
@@ -38,6 +39,7 @@ __all__ = [
     "HypergradientDescent",
     "Implicit",
     "InfeasibleError",
+    "MEHA",
     "NonFiniteError",
     "ObjectiveError",
     "Report",

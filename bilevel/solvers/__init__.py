@@ -2,8 +2,10 @@
 
 from bilevel.solvers._base import Solver
 from bilevel.solvers.asblo import ASBLO
+from bilevel.solvers.bome import BOME
 from bilevel.solvers.descent import HypergradientDescent
 from bilevel.solvers.f2sa import F2SA
+from bilevel.solvers.meha import MEHA
 from bilevel.solvers.vpbgd import VPBGD
 
-__all__ = ["ASBLO", "F2SA", "VPBGD", "HypergradientDescent", "Solver"]
+__all__ = ["ASBLO", "BOME", "F2SA", "MEHA", "VPBGD", "HypergradientDescent", "Solver"]

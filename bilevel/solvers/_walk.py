@@ -218,10 +218,16 @@ class Walk:
         )
         return _tree.unflatten_like(tree, new)
 
-    def move_z(self, z: Tree, grad: Tree) -> Tree:
-        """z after a step down f, whose gradient there is `grad`."""
-        self.learn("lower", "f at z", z, grad)
-        return self.moved("z", z, grad, self.curvature("lower"))
+    def move_z(
+        self, z: Tree, lower_z: Tree, *, step: Tree | None = None, stiff: float = 1.0
+    ) -> Tree:
+        """z after a step down f, whose gradient there is `lower_z`.
+
+        `step` takes the place of that gradient where a method adds terms to f, and `stiff` is the factor by which they
+        raise its curvature.
+        """
+        self.learn("lower", "f at z", z, lower_z)
+        return self.moved("z", z, lower_z if step is None else step, stiff * self.curvature("lower"))
 
     def value_gap(self, steps: int) -> Gap:
         """The value gap, after so many steps of z: `steps + 2` gradients of f.
@@ -239,20 +245,19 @@ class Walk:
         return Gap(gap, _tree.axpy(-1.0, value_x, lower_x), lower_y, lower, _tree.norm(value_z))
 
     def move_y(
-        self, weight: float | Tensor, upper_y: Tree, lower_y: Tree, *, stiff: float = 1.0
+        self, weight: float | Tensor, upper_y: Tree, lower_y: Tree, *, step: Tree | None = None
     ) -> None:
         r"""Move y down $F + \lambda f$ by a step of $1 / (L_F + \lambda L_f)$.
 
         With it y moves on f as fast as z does, however large lambda is: both lag equally behind x, and their
-        lags cancel in the hypergradient. `stiff` multiplies $L_f$.
+        lags cancel in the hypergradient. `step` takes the place of `lower_y` where a method adds terms to f.
         """
         self.learn("upper", "F at y", self.y, upper_y)
         self.learn("lower", "f at y", self.y, lower_y)
-        grad = _tree.axpy(weight, lower_y, upper_y)
-        upper, lower = self.curvature("upper"), stiff * self.curvature("lower")
+        grad = _tree.axpy(weight, lower_y if step is None else step, upper_y)
+        upper, lower = self.curvature("upper"), self.curvature("lower")
         if self._movers.y is None:
-            total = upper + weight * lower
-            self.y = _tree.axpy(-1.0, _tree.scale(1.0 / total, grad), self.y)
+            self.y = _tree.axpy(-1.0, _tree.scale(1.0 / (upper + weight * lower), grad), self.y)
             return
         ratio = lower / upper if math.isfinite(lower) else 1.0  # schedules may end at 0
         self.y = self.moved("y", self.y, _tree.scale(1.0 / (1.0 + weight * ratio), grad), upper)
