@@ -33,10 +33,27 @@ from bilevel.estimators import (
     hypergradient,
 )
 from bilevel.fixed_points import FixedPoint
-from bilevel.solvers import ASBLO, HypergradientDescent, Solver
+from bilevel.solvers import (
+    ASBLO,
+    BOME,
+    F2SA,
+    MEHA,
+    SOBA,
+    VPBGD,
+    AmIGO,
+    HypergradientDescent,
+    Solver,
+    StocBiO,
+)
 
 __all__ = [
     "ASBLO",
+    "BOME",
+    "F2SA",
+    "MEHA",
+    "SOBA",
+    "VPBGD",
+    "AmIGO",
     "Batch",
     "BilevelError",
     "BilevelProblem",
@@ -64,6 +81,7 @@ __all__ = [
     "Solver",
     "State",
     "Status",
+    "StocBiO",
     "StructureError",
     "TwoSided",
     "UnboundedError",

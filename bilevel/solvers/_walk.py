@@ -1,0 +1,376 @@
+"""What the single loops share: how x, y and z move in one step, and when a run ends.
+
+A variable moves by the optimizer that the user gave. Without one it moves by its gradient over its
+curvature on the full batch, and by Adam on batches, whose noise no curvature can be read from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bilevel import _tree
+from bilevel._errors import check_kind
+from bilevel._oracle import Oracle
+from bilevel._problem import BilevelProblem, projected_by
+from bilevel._solution import Evaluations, State, Status
+from bilevel._types import Schedule, Tree
+from bilevel.optim.torch import Torch
+from bilevel.schedules import geometric, polynomial
+from bilevel.solvers._curvature import probed, steepest
+
+FULL_BATCH = geometric(0.1, 1.1)  # stages wait for the residuals: no schedule of the step is needed
+ON_BATCHES = polynomial(0.1, -1.0, scale=10.0)
+_ADAM = Torch(torch.optim.Adam, lr=1e-3)
+_FIRST_STEP = 0.1  # of the size of x: the only step before a secant of the hypergradient is known
+_FAR = 1e10  # growth of a variable at which its minimum is not believed to exist
+_FLOOR = 1e-3  # of the steepest F so far: F may be flat at the answer
+
+
+class Movers(NamedTuple):
+    """The optimizers that the user gave, None for the mode's own steps."""
+
+    x: Torch | None
+    y: Torch | None
+    z: Torch | None = None
+
+
+def check_parts(solver: object, *, counts: tuple[str, ...] = ()) -> None:
+    """Raises unless the optimizers, `rtol`, and the named numbers of steps of a solver are in their range."""
+    name = type(solver).__name__
+    for part in ("upper_optimizer", "lower_optimizer", "value_optimizer"):
+        optimizer = getattr(solver, part, None)
+        if optimizer is not None:
+            mend = "Wrap the class, e.g. `Torch(torch.optim.Adam, lr=1e-3)`, or leave it out."
+            check_kind(f"{name}({part}=...)", optimizer, Torch, mend)
+    check_positive(solver, "rtol", "Use e.g. 1e-5.")
+    for part in counts:
+        value = getattr(solver, part)
+        check_kind(f"{name}({part}=...)", value, int, "Pass a whole number.")
+        if value < 1:
+            raise ValueError(
+                f"`{name}({part}=...)` must be at least 1. Got {part}={value}. Raise it."
+            )
+
+
+def check_positive(solver: object, part: str, mend: str) -> None:
+    """Raises unless a field of a solver is a finite number above 0."""
+    where, value = f"{type(solver).__name__}({part}=...)", getattr(solver, part)
+    check_kind(where, value, (float, int), mend)
+    if not (value > 0.0 and math.isfinite(value)):
+        raise ValueError(f"`{where}` must be a finite number > 0. Got {part}={value}. {mend}")
+
+
+def check_momentum(solver: object, momentum: float) -> None:
+    """Raises unless `momentum` is in [0, 1)."""
+    where = f"{type(solver).__name__}(momentum=...)"
+    if not 0.0 <= momentum < 1.0:
+        mend = "Use 0 for none, or e.g. 0.9."
+        raise ValueError(f"`{where}` must be in [0, 1). Got momentum={momentum}. {mend}")
+
+
+def check_schedule(solver: object, part: str) -> None:
+    """Raises unless a field of a solver is a schedule."""
+    schedule = getattr(solver, part)
+    if schedule is not None and not callable(schedule):
+        raise TypeError(
+            f"`{type(solver).__name__}({part}=...)` must be a schedule, a function of the step. Got {schedule!r}. "
+            f"Use e.g. `bilevel.schedules.constant({schedule!r})`."
+        )
+
+
+def init(
+    movers: Movers,
+    problem: BilevelProblem,
+    x0: Tree,
+    y0: Tree,
+    data: Any,
+    *,
+    full_batch: bool,
+    extra: Mapping[str, Any],
+) -> State:
+    """Measure curvatures and the unit of the penalty at the start: 5 gradients of f and 5 of F.
+
+    The unit is the weight of f at which it holds y against F: with it, a penalty of 100 lets F move y by a
+    hundredth of its size, whatever the units of F, f and y.
+    """
+    x, y = projected_by(problem.domain, _tree.detach(x0)), _tree.detach(y0)
+    oracle = Oracle(problem, data)
+    _, upper_x, upper_y = oracle.upper_grad(x, y)
+    lower = probed(lambda v: oracle.lower_grad_y(x, v)[1], y)
+    upper = probed(lambda v: oracle.upper_grad_y(x, v)[1], y)
+    size_y = size(y)
+    slopes = [_tree.length(upper_x), _tree.length(upper_y)]
+    finite = all(map(math.isfinite, (*slopes, upper, lower)))
+    optimizers = {"x": movers.x, "y": movers.y, "z": movers.z}
+    if not full_batch:
+        optimizers = {name: given or _ADAM for name, given in optimizers.items()}
+    lower = lower or 1.0
+    variables = {"x": x, "y": y, "z": y}
+    return State(
+        x=x,
+        y=y,
+        status=Status.RUNNING if finite else Status.NONFINITE,
+        message="" if finite else f"{Status.NONFINITE.value} (at x0, y0)",
+        memory={
+            "full_batch": full_batch,
+            "stage": 0,
+            "unit": (slopes[1] / size_y + upper) / lower or 1.0,
+            "curvature": {"upper": upper, "lower": lower, "hessian": lower},
+            "before": {},
+            "optimizers": {
+                name: given.init(_tree.leaves(variables[name]))
+                for name, given in optimizers.items()
+                if given is not None
+            },
+            "steepest": math.hypot(*slopes),
+            "reach": [size(x), size_y],
+            **extra,
+        },
+        evaluations=oracle.evaluations,
+    )
+
+
+def size(tree: Tree) -> float:
+    """The length of a variable, that of a vector of ones at least."""
+    return max(_tree.length(tree), math.sqrt(_tree.size(tree)))
+
+
+class Residuals(NamedTuple):
+    """How far a step still was from where the method stops, all in the unit of a slope of F."""
+
+    x: Tree  # the hypergradient
+    rest: tuple[Tensor, ...]  # norms that vanish at the solution, 0-d
+    bias: Tensor  # an estimate of what the method's own approximation leaves of F, 0-d, in the unit of F
+    upper_x: Tree
+    upper_y: Tree
+
+
+class Gap(NamedTuple):
+    """The value gap q(x, y) = f(x, y) - f(x, z), its gradient with z held fixed, and what it is made of."""
+
+    value: Tensor  # 0-d
+    grad_x: Tree
+    grad_y: Tree
+    lower: Tensor  # f(x, y), 0-d
+    residual: Tensor  # norm of the gradient of f at z, 0-d
+
+
+class Walk:
+    """One step of a single loop. It changes its own attributes; the state it came from stays.
+
+    Attributes:
+        oracle: F and f on the data of this step.
+        x, y: The variables, moved in place of the old ones.
+        memory: The memory of the next state.
+        spent: Evaluations by other oracles than this one.
+    """
+
+    def __init__(self, movers: Movers, problem: BilevelProblem, state: State, data: Any) -> None:
+        self.oracle = Oracle(problem, data)
+        self.x, self.y = state.x, state.y
+        self.memory = dict(state.memory)
+        self._problem, self._state = problem, state
+        self._movers = movers
+        if not self.memory["full_batch"]:
+            self._movers = Movers(*(given or _ADAM for given in movers))
+        self._curvature = dict(state.memory["curvature"])
+        self._optimizers = dict(state.memory["optimizers"])
+        self._before: dict[str, Any] = dict(state.memory["before"])
+        self._penalty = 1.0
+        self.spent = Evaluations()
+
+    def penalty(self, schedule: Schedule | None) -> float:
+        """The weight of f against F in this step; None is the mode's own schedule."""
+        if schedule is None:
+            schedule = FULL_BATCH if self.memory["full_batch"] else ON_BATCHES
+        self._penalty = schedule(self.memory["stage"])
+        return self._penalty * self.memory["unit"]
+
+    def curvature(self, name: str) -> float:
+        """Of f ("lower") or F ("upper") in y: one over the learning rate where the user gave one."""
+        given = self._movers.z if name == "lower" else self._movers.y
+        if given is None:
+            return self._curvature[name]
+        rate = given.rate(self._optimizers["z" if name == "lower" else "y"]["count"])
+        return 1.0 / rate if rate > 0.0 else math.inf
+
+    def learn(self, name: str, key: str, point: Tree, grad: Tree) -> None:
+        """Take the secant between this gradient in y and the last one under `key` as curvature.
+
+        The distance counts x too, without which a step of x alone would look like infinite curvature.
+        """
+        if not self.memory["full_batch"]:
+            return
+        now = ([self.x, point], grad)
+        if key in self._before:
+            self._curvature[name] = steepest(self._curvature[name], self._before[key], now)
+        self._before[key] = now
+
+    def moved(self, name: str, tree: Tree, grad: Tree, curvature: float) -> Tree:
+        """`tree` after a step against `grad`, by the optimizer of that name or by one over `curvature`."""
+        optimizer: Torch | None = getattr(self._movers, name)
+        if optimizer is None:
+            return _tree.axpy(-1.0 / curvature, grad, tree)
+        new, self._optimizers[name] = optimizer.step(
+            _tree.leaves(tree), _tree.leaves(grad), self._optimizers[name]
+        )
+        return _tree.unflatten_like(tree, new)
+
+    def move_z(
+        self, z: Tree, lower_z: Tree, *, step: Tree | None = None, stiff: float = 1.0
+    ) -> Tree:
+        """Z after a step down f, whose gradient there is `lower_z`.
+
+        `step` takes the place of that gradient where a method adds terms to f, and `stiff` is the factor by which they
+        raise its curvature.
+        """
+        self.learn("lower", "f at z", z, lower_z)
+        return self.moved(
+            "z", z, lower_z if step is None else step, stiff * self.curvature("lower")
+        )
+
+    def value_gap(self, steps: int) -> Gap:
+        """The value gap, after so many steps of z: `steps + 2` gradients of f.
+
+        The value function lies below f(x, y): where y is the better lower minimizer, z goes on from there.
+        """
+        z = self.memory["z"]
+        for _ in range(steps):
+            _, lower_z = self.oracle.lower_grad_y(self.x, z)
+            z = self.move_z(z, lower_z)
+        value, value_x, value_z = self.oracle.lower_grad(self.x, z)
+        lower, lower_x, lower_y = self.oracle.lower_grad(self.x, self.y)
+        gap = lower - value
+        self.memory["z"] = _tree.where(gap < 0.0, self.y, z)
+        return Gap(gap, _tree.axpy(-1.0, value_x, lower_x), lower_y, lower, _tree.norm(value_z))
+
+    def move_y(
+        self, weight: float | Tensor, upper_y: Tree, lower_y: Tree, *, step: Tree | None = None
+    ) -> None:
+        r"""Move y down $F + \lambda f$ by a step of $1 / (L_F + \lambda L_f)$.
+
+        With it y moves on f as fast as z does, however large lambda is: both lag equally behind x, and their
+        lags cancel in the hypergradient. `step` takes the place of `lower_y` where a method adds terms to f.
+        """
+        self.learn("upper", "F at y", self.y, upper_y)
+        self.learn("lower", "f at y", self.y, lower_y)
+        grad = _tree.axpy(weight, lower_y if step is None else step, upper_y)
+        upper, lower = self.curvature("upper"), self.curvature("lower")
+        if self._movers.y is None:
+            self.y = _tree.axpy(-1.0, _tree.scale(1.0 / (upper + weight * lower), grad), self.y)
+            return
+        ratio = lower / upper if math.isfinite(lower) else 1.0  # schedules may end at 0
+        self.y = self.moved("y", self.y, _tree.scale(1.0 / (1.0 + weight * ratio), grad), upper)
+
+    def descend(self, lower_y: Tree) -> None:
+        """Move y down f, whose gradient there is `lower_y`."""
+        self.learn("lower", "f at y", self.y, lower_y)
+        self.y = self.moved("y", self.y, lower_y, self._curvature["lower"])
+
+    def hessian_is_at_least(self, seen: float, *, forget: float = 1.0) -> None:
+        """Take the norm of a product with the lower Hessian, over that of its vector, into account."""
+        before = self._curvature["hessian"]
+        self._curvature["hessian"] = max(forget * before, seen) if math.isfinite(seen) else before
+
+    @property
+    def hessian_norm(self) -> float:
+        """The largest norm of the lower Hessian that its products have shown of late."""
+        return self._curvature["hessian"]
+
+    def move_x(self, grad: Tree, caution: float = 1.0) -> None:
+        """Move x against the hypergradient, and back into its domain.
+
+        Without an optimizer by a measured step, divided by `caution` where y and the linear system follow in one step
+        each, and would lag behind.
+        """
+        before = self.x
+        if self._movers.x is None:
+            self.x = _tree.axpy(-self._upper_rate(grad) / caution, grad, self.x)
+        else:
+            self.x = self.moved("x", self.x, grad, 1.0)
+        self.x = projected_by(self._problem.domain, self.x)
+        if self._movers.x is None:
+            self._before["hypergradient"] = (before, grad)
+
+    def _upper_rate(self, grad: Tree) -> float:
+        """One over the steepest secant of the hypergradient of late; no step is longer than x."""
+        slope, length = _tree.length(grad), size(self.x)
+        if "hypergradient" not in self._before:
+            self._curvature["x"] = slope / (_FIRST_STEP * length)
+        else:
+            before = self._before["hypergradient"]
+            self._curvature["x"] = steepest(
+                self._curvature["x"], before, (self.x, grad), forget=0.9
+            )
+        return 1.0 / max(self._curvature["x"], slope / length) if slope > 0.0 else 0.0
+
+    def end(self, residuals: Residuals, rtol: float, metrics: Mapping[str, Any]) -> State:
+        """The state after this step: running, converged, or the one before with the reason of a failure."""
+        state, before = self._state, self._state.memory
+        evaluations = state.evaluations + self.oracle.evaluations + self.spent
+        norm = _tree.norm(residuals.x)
+        numbers = torch.stack([part.to(norm) for part in (norm, *residuals.rest, residuals.bias)])
+        if not (bool(torch.isfinite(numbers).all()) and self._is_finite()):
+            values = ", ".join(
+                f"{name} = {float(metrics[key]):.6g}"
+                for name, key in (("F", "upper"), ("f", "lower"))
+            )
+            message = f"{Status.NONFINITE.value} (at step {state.step + 1}; {values})"
+            return replace(state, status=Status.NONFINITE, message=message, evaluations=evaluations)
+        self.memory["curvature"], self.memory["optimizers"] = self._curvature, self._optimizers
+        self.memory["before"] = self._before
+        status, message = Status.RUNNING, ""
+        if before["full_batch"]:
+            status, message = self._status(residuals, rtol)
+        else:
+            self.memory["stage"] += 1
+        return State(
+            x=self.x,
+            y=self.y,
+            step=state.step + 1,
+            status=status,
+            message=message,
+            metrics={**metrics, "hypergradient": norm},
+            memory=self.memory,
+            evaluations=evaluations,
+        )
+
+    def _is_finite(self) -> bool:
+        """Whether the moved variables are: an optimizer may overflow where its gradient did not."""
+        return bool(torch.isfinite(_tree.norm(self.x) + _tree.norm(self.y)))
+
+    def _status(self, residuals: Residuals, rtol: float) -> tuple[Status, str]:
+        """Whether all residuals are small against the slope of F, or a variable has run away.
+
+        A stage of the penalty is over where its problem is solved as well as it approximates the bilevel one: its
+        bias is one over the penalty. A penalty that grows without waiting freezes y on its way.
+        """
+        for variable, reach, status in (
+            (self.x, self.memory["reach"][0], Status.UPPER_UNBOUNDED),
+            (self.y, self.memory["reach"][1], Status.LOWER_UNBOUNDED),
+        ):
+            if _tree.length(variable) > _FAR * reach:
+                return (
+                    status,
+                    f"{status.value}, or its steps are too long (at step {self._state.step + 1})",
+                )
+        slope = math.hypot(_tree.length(residuals.upper_x), _tree.length(residuals.upper_y))
+        self.memory["steepest"] = max(self.memory["steepest"], slope)
+        slope = max(slope, _FLOOR * self.memory["steepest"])
+        x = self._state.x
+        moved = projected_by(self._problem.domain, _tree.axpy(-1.0, residuals.x, x))
+        left = _tree.length(_tree.axpy(-1.0, moved, x))  # |x - P(x - g)|
+        largest = max(left, *(float(norm) for norm in residuals.rest))
+        if largest * self._penalty <= slope:
+            self.memory["stage"] += 1
+        # The bias falls as the penalty grows, the rounding error of the hypergradient grows with it.
+        rtol = max(rtol, math.sqrt(max(torch.finfo(leaf.dtype).eps for leaf in _tree.leaves(x))))
+        if max(largest, abs(float(residuals.bias)) / size(self.y)) <= rtol * slope:
+            return Status.CONVERGED, f"the residuals are {largest / slope:.2g} of the slope of F"
+        return Status.RUNNING, ""

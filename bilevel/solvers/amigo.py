@@ -1,0 +1,95 @@
+"""AmIGO: warm-started steps on the lower problem, then on the linear system, then one on x."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bilevel import _tree
+from bilevel._problem import BilevelProblem
+from bilevel._solution import State
+from bilevel._types import Tree
+from bilevel.estimators import refuse_constraints
+from bilevel.optim.torch import Torch
+from bilevel.solvers import _walk
+from bilevel.solvers._adjoint import Adjoint
+from bilevel.solvers._base import Solver
+from bilevel.solvers._walk import Movers, Walk
+
+
+@dataclass(frozen=True)
+class AmIGO(Solver):
+    r"""Amortized implicit gradient optimization: both inner problems go on from where they were.
+
+    A step is T times $y \leftarrow y - \alpha \nabla_y f(x, y)$, then N times
+    $v \leftarrow v - \beta [\nabla^2_{yy} f\, v + \nabla_y F]$ at the new y, and
+
+    $$x \leftarrow x - \gamma [\nabla_x F + \nabla^2_{xy} f\, v].$$
+
+    It costs $T + 1$ gradients of f, one of F and $N + 1$ products with second derivatives of f.
+
+    Attributes:
+        lower_steps: T, steps on y in each upper step, >= 1.
+        linear_steps: N, steps on v in each upper step, >= 1.
+        upper_optimizer: Moves x. None: steps of one over a measured curvature on the full batch, Adam on batches.
+        lower_optimizer: Moves y, likewise.
+        rtol: Full batch: norms of the hypergradient, of f's gradient in y and of the linear system's residual, over
+            that of F's gradient, at which the run ends, > 0.
+
+    Raises:
+        ValueError: A parameter is out of its range.
+        TypeError: An optimizer is of the wrong kind.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> problem = bl.BilevelProblem(
+        ...     upper=lambda x, y, data: ((y - 1.0) ** 2).sum(),
+        ...     lower=lambda x, y, data: ((y - 2.0 * x) ** 2).sum(),
+        ... )
+        >>> x0, y0 = torch.zeros(1).double(), torch.zeros(1).double()
+        >>> bl.solve(problem, bl.AmIGO(), x0, y0, max_steps=500).x
+        tensor([0.5000], dtype=torch.float64)
+
+    References:
+        Arbel and Mairal, Amortized Implicit Differentiation for Stochastic Bilevel Optimization (ICLR 2022),
+        Algorithm 1 (AmIGO).
+
+    Note:
+        The paper draws samples for each direction; here all see the batch of the step. $\beta$ is one over the norm
+        that the products with the Hessian show.
+    """
+
+    lower_steps: int = 10
+    linear_steps: int = 10
+    upper_optimizer: Torch | None = None
+    lower_optimizer: Torch | None = None
+    rtol: float = 1e-6
+
+    def __post_init__(self) -> None:
+        _walk.check_parts(self, counts=("lower_steps", "linear_steps"))
+
+    def init(
+        self, problem: BilevelProblem, x0: Tree, y0: Tree, data: Any, *, full_batch: bool
+    ) -> State:
+        """See `Solver.init`."""
+        refuse_constraints(problem, "AmIGO")
+        movers = Movers(self.upper_optimizer, self.lower_optimizer)
+        extra = {"v": torch.zeros_like(_tree.ravel(y0)[0])}
+        return _walk.init(movers, problem, x0, y0, data, full_batch=full_batch, extra=extra)
+
+    def step(self, problem: BilevelProblem, state: State, data: Any) -> State:
+        """See `Solver.step`."""
+        walk = Walk(Movers(self.upper_optimizer, self.lower_optimizer), problem, state, data)
+        for _ in range(self.lower_steps):
+            walk.descend(walk.oracle.lower_grad_y(walk.x, walk.y)[1])
+        adjoint, v = Adjoint(walk, problem, data), state.memory["v"]
+        residual = torch.zeros_like(v)
+        for _ in range(self.linear_steps):
+            residual = adjoint.residual(v)
+            v = v - adjoint.step_size * residual
+        walk.memory["v"] = v
+        hypergradient = adjoint.hypergradient(v)
+        walk.move_x(hypergradient)
+        return adjoint.end(hypergradient, _tree.norm(residual), self.rtol)
