@@ -24,7 +24,7 @@ def test_half_of_the_labels_are_wrong(digits: h.Digits) -> None:
 @pytest.mark.parametrize("name", list(h.METHODS))
 def test_method_cleans(name: str, digits: h.Digits) -> None:
     method = h.METHODS[name]
-    steps = 300 if "ASBLO" in name else 60
+    steps = 600 if "ASBLO" in name else 120
     x0, y0 = h.start(digits)
     batches = None if method.batches is None else method.batches(digits)
     run = bl.iterate(h.objectives(digits), method.solver, x0, y0, batches)
@@ -33,7 +33,7 @@ def test_method_cleans(name: str, digits: h.Digits) -> None:
     dirty = h.train(digits, torch.ones_like(digits.is_corrupted))
     clean = h.train(digits, ~digits.is_corrupted)
     assert found.accuracy > dirty + 0.05
-    assert found.accuracy > clean - 0.04  # a small set, and few steps
+    assert found.accuracy > clean - 0.05  # a small set, and few steps
     assert found.f1 > 0.8
 
 
