@@ -124,6 +124,12 @@ def search(data: Split, loss: Loss, solver: bl.Solver) -> bl.Solution:
     )  # a stalled run is judged too
 
 
+def validation(data: Split, loss: Loss, x: Tensor) -> float:
+    """The mean loss on the held-out folds with the penalties $e^x$, of models that are solved anew."""
+    y0 = torch.zeros(FOLDS, data.X.shape[1] + 1, dtype=torch.float64)
+    return bl.hypergradient(cross_validation(data, loss), x, y0, bl.Implicit()).value
+
+
 def weighted(X: Tensor, x: Tensor) -> np.ndarray:
     """The features on which a penalty of one is the penalty $e^x$, so that scikit-learn fits the final model."""
     return (X * torch.exp(-0.5 * x)).numpy()

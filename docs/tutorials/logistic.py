@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from chart import Panel, figure
-from folds import SOLVERS, Fit, Split, search, split, table, weighted
+from folds import SOLVERS, Fit, Split, search, split, table, validation, weighted
 from sklearn.datasets import load_breast_cancer
 from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
 from sklearn.metrics import log_loss
@@ -45,7 +45,8 @@ def one_a_feature(data: Split, solver: bl.Solver) -> Fit:
     model = LogisticRegression(C=0.5 / len(data.X), tol=1e-8, max_iter=10_000)
     model.fit(weighted(data.X, found.x), data.target.numpy())
     test, errors = _on_test_data(model, data, weighted(data.X_test, found.x))
-    return Fit(torch.exp(found.x), found.upper, test, errors, found.seconds)
+    held_out = validation(data, logistic_loss, found.x)
+    return Fit(torch.exp(found.x), held_out, test, errors, found.seconds)
 
 
 def one_for_all(data: Split) -> Fit:
@@ -64,9 +65,9 @@ def one_for_all(data: Split) -> Fit:
     seconds = time.perf_counter() - start
     penalty = 0.5 / float(model.C_) / data.samples_of_a_fold
     test, errors = _on_test_data(model, data, data.X_test.numpy())
-    validation = -float(model.scores_.mean(0).max())
+    held_out = -float(model.scores_.mean(0).max())
     penalties = torch.full((data.X.shape[1],), penalty, dtype=torch.float64)
-    return Fit(penalties, validation, test, errors, seconds)
+    return Fit(penalties, held_out, test, errors, seconds)
 
 
 def _on_test_data(

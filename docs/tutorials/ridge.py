@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from chart import Panel, figure
-from folds import SOLVERS, Fit, Split, search, split, table, weighted
+from folds import SOLVERS, Fit, Split, search, split, table, validation, weighted
 from sklearn.datasets import load_diabetes
 from sklearn.linear_model import Ridge, RidgeCV
 from torch import Tensor
@@ -46,7 +46,8 @@ def one_a_feature(data: Split, solver: bl.Solver) -> Fit:
     model = Ridge(alpha=len(data.X)).fit(weighted(data.X, found.x), data.target.numpy())
     prediction = torch.as_tensor(model.predict(weighted(data.X_test, found.x)))
     test = float(squared_error(prediction, data.target_test).mean())
-    return Fit(torch.exp(found.x), found.upper, test, math.nan, found.seconds)
+    held_out = validation(data, squared_error, found.x)
+    return Fit(torch.exp(found.x), held_out, test, math.nan, found.seconds)
 
 
 def one_for_all(data: Split) -> Fit:

@@ -4,14 +4,14 @@
 
 N rivals (followers) and a leader sell one good. The price is PRICE minus all that is produced, the leader
 produces x at UNIT_COST, and rival i produces y_i at COSTS[i], at most CAPACITY[i]. Once x is known, the
-rivals are in Cournot equilibrium: each maximizes its profit given the outputs of the others. This game has a potential, so
-that the equilibrium is the minimizer of one convex function under the rivals' capacities:
+rivals are in Cournot equilibrium: each maximizes its profit given the outputs of the others. This game has a
+potential, so that the equilibrium is the minimizer of one convex function under the rivals' capacities:
 
     max_x  x (price(x, y) - UNIT_COST)   subject to   y = argmin potential(x, y),  0 <= y <= CAPACITY,  0 <= x <= PLANT.
 
-The closed form, for the test: at the equilibrium y_i = clip(PRICE - x - Y - COSTS[i], 0, CAPACITY[i]), where Y is the sum of
-all y, one equation in one unknown; between the outputs at which a rival meets one of its bounds, the leader's profit
-is a parabola in x. So the capacities make kinks in the profit, and an optimum may sit on one.
+There is a closed form to compare with: at the equilibrium y_i = clip(PRICE - x - Y - COSTS[i], 0, CAPACITY[i]), where Y
+is the sum of all y, one equation in one unknown; between the outputs at which a rival meets one of its bounds,
+the leader's profit is a parabola in x. So the capacities make kinks in the profit, and an optimum may sit on one.
 """
 
 import itertools
@@ -71,8 +71,8 @@ def equilibrium(x: float) -> Tensor:
 def optimum() -> tuple[float, float]:
     r"""The leader's best output and its profit, from the pieces of the game.
 
-    Where the rivals in the set A are free, those in C at capacity and the others at zero, $y_i = p - c_i$ in A with the price
-    $p = (P - x - \sum_C \bar y_i + \sum_A c_i) / (1 + |A|)$, so that the profit $x (p - c)$ is largest at
+    Where the rivals in the set A are free, those in C at capacity and the others at zero, $y_i = p - c_i$ in A with
+    the price $p = (P - x - \sum_C \bar y_i + \sum_A c_i) / (1 + |A|)$, so that the profit $x (p - c)$ is largest at
     $x = (P - \sum_C \bar y_i + \sum_A c_i - (1 + |A|) c) / 2$, or on the border of the piece.
     """
     candidates = [0.0, PLANT]
@@ -82,8 +82,8 @@ def optimum() -> tuple[float, float]:
         height = PRICE - float(CAPACITY[full].sum()) + float(COSTS[free].sum())
         share = 1 + int(free.sum())
         candidates.append(0.5 * (height - share * UNIT_COST))
-        for kink in (*COSTS, *(COSTS + CAPACITY)):  # prices at which a rival meets a bound
-            candidates.append(height - share * float(kink))
+        kinks = torch.cat([COSTS, COSTS + CAPACITY])  # prices at which a rival meets a bound
+        candidates += (height - share * kinks).tolist()
     inside = [x for x in candidates if 0.0 <= x <= PLANT]
     profits = [float(leader_profit(torch.tensor([x]).double(), equilibrium(x))) for x in inside]
     best = max(range(len(inside)), key=profits.__getitem__)
@@ -99,7 +99,9 @@ def play(x0: float = 1.0, solver: bl.Solver | None = None) -> bl.Solution:
 def drawing(solution: bl.Solution) -> str:
     """The leader's profit and the rivals' outputs against the leader's output."""
     outputs = [PLANT * i / 200 for i in range(201)]
-    profit = [(x, float(leader_profit(torch.tensor([x]).double(), equilibrium(x)))) for x in outputs]
+    profit = [
+        (x, float(leader_profit(torch.tensor([x]).double(), equilibrium(x)))) for x in outputs
+    ]
     rivals = {
         f"rival {i + 1}": [(x, float(equilibrium(x)[i])) for x in outputs]
         for i in range(len(COSTS))

@@ -63,7 +63,8 @@ def test_penalties_are_those_of_a_direct_search_over_closed_form_fits(name: str)
     bounds = [(folds.LOW, folds.HIGH)] * 3
     starts = ([-3.0, -3.0, -3.0], [0.0, 0.0, 0.0], [-6.0, 0.0, -6.0])
     best = min(minimize(validation, s, bounds=bounds).fun for s in starts)
-    assert found.upper == pytest.approx(best, rel=1e-5)
+    assert validation(found.x.numpy()) == pytest.approx(best, rel=1e-5)
+    assert folds.validation(data, ridge.squared_error, found.x) == pytest.approx(best, rel=1e-3)
 
 
 def test_shared_penalty_is_one_point_of_the_search() -> None:

@@ -6,8 +6,6 @@ import hypercleaning as h
 import pytest
 import torch
 
-import bilevel as bl
-
 
 @pytest.fixture(scope="module")
 def digits() -> h.Digits:
@@ -24,11 +22,11 @@ def test_half_of_the_labels_are_wrong(digits: h.Digits) -> None:
 @pytest.mark.parametrize("name", list(h.METHODS))
 def test_method_cleans(name: str, digits: h.Digits) -> None:
     method = h.METHODS[name]
-    steps = 600 if "ASBLO" in name else 120
+    count = 600 if "ASBLO" in name else 100
     x0, y0 = h.start(digits)
     batches = None if method.batches is None else method.batches(digits)
-    run = bl.iterate(h.objectives(digits), method.solver, x0, y0, batches)
-    *_, last = itertools.islice(run, steps)
+    run = h.steps(h.objectives(digits), method.solver, x0, y0, batches)
+    *_, last = itertools.islice(run, count)
     found = h.judge(digits, last.x, last.y, 0.0)
     dirty = h.train(digits, torch.ones_like(digits.is_corrupted))
     clean = h.train(digits, ~digits.is_corrupted)

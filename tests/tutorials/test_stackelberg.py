@@ -49,7 +49,9 @@ def test_no_rival_gains_alone_at_the_equilibrium(x: float) -> None:
 def test_optimum_is_the_best_of_a_grid() -> None:
     x, profit = game.optimum()
     grid = np.linspace(0.0, game.PLANT, 401)
-    profits = [float(game.leader_profit(torch.tensor([g]).double(), game.equilibrium(g))) for g in grid]
+    profits = [
+        float(game.leader_profit(torch.tensor([g]).double(), game.equilibrium(g))) for g in grid
+    ]
     assert profit >= max(profits) - 1e-12
     assert profit == pytest.approx(max(profits), abs=5e-3)
     assert 0.0 <= x <= game.PLANT
