@@ -1,6 +1,6 @@
 """Data hyper-cleaning: find the wrong labels of a training set, on the digits data.
 
-    python docs/tutorials/hypercleaning.py        # about two minutes on one core; writes hypercleaning.svg
+    python docs/tutorials/hypercleaning.py        # a minute on one core; writes hypercleaning.svg
 
 Half of the labels of the training set are wrong, and nobody knows which; a small validation set is clean. The lower
 level trains a classifier y on the training set, where sample i has the weight sigmoid(x_i). The upper level chooses
@@ -205,7 +205,7 @@ def train(digits: Digits, kept: Tensor) -> float:
 
 
 def steps(*arguments: Any) -> Iterator[bl.State]:
-    """`bl.iterate`, without its warning that few steps of unrolling leave the lower problem unsolved: they are meant to."""
+    """`bl.iterate` without its warning that a few unrolled steps leave the lower problem unsolved, as is meant here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", bl.BilevelWarning)
         yield from bl.iterate(*arguments)
