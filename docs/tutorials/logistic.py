@@ -1,13 +1,15 @@
 """Logistic regression with one penalty a feature, on the breast cancer data.
 
-    python docs/tutorials/logistic.py         # some minutes on one core; writes logistic.svg
+    python docs/tutorials/logistic.py         # four minutes on one core; writes logistic.svg
 
 The story of `ridge.py` in a classification: 30 features of scikit-learn's breast cancer data, each with a
 penalty of its own, chosen by the log-loss on the held-out parts of 5 folds. Many of the features say nearly the
 same (radius, perimeter and area of a cell), so a penalty can remove one in favor of another.
 
 `main` compares with scikit-learn's `LogisticRegressionCV`, which has one penalty for all features, on the
-same folds: by the log-loss on the test data, and by the share of wrong predictions.
+same folds: by the log-loss on the test data, and by the share of wrong predictions. Here it does not pay: 30
+hyperparameters overfit the few wrong predictions of 380 samples. Over 4 splits the log-loss on the held-out folds
+falls from 0.081 to 0.053 or below, and that on the test data rises from 0.092 to 0.115 (`Implicit`) or 0.124 (`ASBLO`).
 """
 
 import sys
@@ -96,7 +98,7 @@ def drawing(found: dict[str, Fit]) -> str:
     return figure(Panel(title, "features, sorted", "log10 of the penalty", dots=dots))
 
 
-def main(splits: int = 10, output: Path = Path("logistic.svg")) -> None:
+def main(splits: int = 4, output: Path = Path("logistic.svg")) -> None:
     """Compares the methods over many splits, and draws the penalties of the first."""
     found = [fits(seed) for seed in range(splits)]
     print(table(found, SHARED))
