@@ -22,7 +22,7 @@ def test_half_of_the_labels_are_wrong(digits: h.Digits) -> None:
 @pytest.mark.parametrize("name", list(h.METHODS))
 def test_method_cleans(name: str, digits: h.Digits) -> None:
     method = h.METHODS[name]
-    count = 400 if "ASBLO" in name else 60
+    count = 400 if "ASBLO" in name else 150 if name == "Unrolled" else 60
     x0, y0 = h.start(digits)
     batches = None if method.batches is None else method.batches(digits)
     run = h.steps(h.objectives(digits), method.solver, x0, y0, batches)
