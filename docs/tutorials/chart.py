@@ -108,8 +108,8 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers between `low` and `high`, about five."""
-    rough = (high - low) / 5
+    """Round numbers between `low` and `high`, three to seven."""
+    rough = (high - low) / 7
     unit = 10.0 ** math.floor(math.log10(rough))
     step = unit * min((m for m in (1, 2, 5, 10) if m * unit >= rough), default=10)
     return [round(i * step, 12) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]

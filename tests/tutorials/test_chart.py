@@ -15,10 +15,8 @@ def test_figure_is_well_formed_and_escapes_names() -> None:
     assert len(list(root.iter("{http://www.w3.org/2000/svg}circle"))) == 1
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "expected"), [(0.0, 1.0, 6), (-3.2, 7.1, 6), (0.83, 0.95, 4), (1e-5, 2e-4, 4)]
-)
-def test_ticks_are_about_five(low: float, high: float, expected: int) -> None:
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-3.2, 7.1), (0.83, 0.95), (1e-5, 2e-4)])
+def test_ticks_are_three_to_seven(low: float, high: float) -> None:
     ticks = _ticks(low, high)
     assert all(low <= tick <= high for tick in ticks)
-    assert abs(len(ticks) - expected) <= 2
+    assert 3 <= len(ticks) <= 7
