@@ -161,6 +161,31 @@ def test_units_do_not_matter(factors: tuple[float, float, float]) -> None:
     torch.testing.assert_close(solved(replace(case, problem=scaled)).x, case.x, rtol=0.0, atol=1e-4)
 
 
+@pytest.mark.parametrize("constant", [0.0, 1e3, 1e6])
+@pytest.mark.parametrize("name", ["lower", "a concave lower level in a box"])
+def test_constants_in_the_objectives_do_not_matter(name: str, constant: float) -> None:
+    case = CASES[name]
+    plain = case.problem
+    raised = replace(
+        plain,
+        upper=lambda x, y, data: plain.upper(x, y, data) + constant,
+        lower=lambda x, y, data: plain.lower(x, y, data) - constant,
+    )
+    answer = solved(replace(case, problem=raised))
+    torch.testing.assert_close(answer.x, case.x, rtol=0.0, atol=1e-4)
+    torch.testing.assert_close(answer.y, case.y, rtol=0.0, atol=1e-4)
+
+
+def test_maximum_of_an_unbounded_lower_level_is_no_answer() -> None:
+    problem = bl.BilevelProblem(
+        lambda x, y, data: square(x - 1.0) + square(y),
+        lambda x, y, data: (-(y**2) + x * y).sum(),
+        upper_constraint=lambda x, y, data: x - 2.0,
+    )
+    solution = bl.solve(problem, bl.ASBLO(), vector(0.0), vector(0.0), max_steps=300, throw=False)
+    assert solution.status.is_failure
+
+
 def test_variables_may_be_trees() -> None:
     case = CASES["lower equality"]
     plain = case.problem

@@ -49,6 +49,7 @@ COSTS = {
     "VPBGD": (bl.VPBGD(value_steps=3), 1, 5, 0),
     "BOME": (bl.BOME(value_steps=3), 1, 5, 0),
     "MEHA": (bl.MEHA(), 2, 4, 0),
+    "LVHBA": (bl.LVHBA(), 2, 4, 0),
     "SOBA": (bl.SOBA(), 1, 1, 2),
     "StocBiO": (bl.StocBiO(lower_steps=3, linear_steps=4), 1, 4, 5),
     "AmIGO": (bl.AmIGO(lower_steps=3, linear_steps=4), 1, 4, 5),
@@ -129,6 +130,48 @@ def test_constraints_are_refused(name: str) -> None:
         bl.solve(problem, ALL[name], case.x0, case.y0, max_steps=1)
 
 
+def held() -> bl.BilevelProblem:
+    """y = min(2 x, 1), and so x = 2 where F is smallest."""
+    return bl.BilevelProblem(
+        lambda x, y, data: ((x - 2.0) ** 2).sum() + (y**2).sum(),
+        lambda x, y, data: ((y - 2.0 * x) ** 2).sum(),
+        lower_constraint=lambda x, y, data: y - 1.0,
+    )
+
+
+def test_lower_constraint_is_held_and_found() -> None:
+    zero = torch.zeros(1, dtype=torch.float64)
+    states = list(itertools.islice(bl.iterate(held(), bl.LVHBA(), zero, zero), 1000))
+    assert all(float(state.y) <= 1.0 + 1e-6 for state in states)
+    assert float(states[-1].x) == pytest.approx(2.0, abs=0.1)
+    assert float(states[-1].y) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_multipliers_of_lvhba_are_those_of_the_lower_problem() -> None:
+    zero = torch.zeros(1, dtype=torch.float64)
+    *_, last = itertools.islice(bl.iterate(held(), bl.LVHBA(), zero, zero), 1000)
+    expected = 2.0 * (2.0 * float(last.x) - 1.0)  # f_y + lambda = 0 at y = 1
+    assert float(last.memory["lam"]) == pytest.approx(expected, rel=0.02)
+
+
+def test_lvhba_keeps_the_contract_without_a_constraint_too() -> None:
+    rough = replace(problems.quadratic(), tolerance=0.3)
+    check_solver(bl.LVHBA(), problems=[rough], max_steps=140)
+
+
+def test_lvhba_goes_on_bit_for_bit_and_refuses_other_constraints() -> None:
+    zero = torch.zeros(1, dtype=torch.float64)
+    states = list(itertools.islice(bl.iterate(held(), bl.LVHBA(), zero, zero), 12))
+    for state, expected in itertools.pairwise(states):
+        found = next(bl.iterate(held(), bl.LVHBA(), state=state))
+        assert torch.equal(found.x, expected.x)
+        assert torch.equal(found.y, expected.y)
+    problem = replace(held(), upper_constraint=lambda x, y, data: x)
+    with pytest.raises(ValueError, match="upper_constraint"):
+        bl.solve(problem, bl.LVHBA(), zero, zero, max_steps=1)
+
+
+CHECKED = ALL | {"LVHBA": bl.LVHBA()}
 WRONG: dict[str, tuple[Any, type[Exception]]] = {
     "rtol": (0.0, ValueError),
     "upper_optimizer": (torch.optim.Adam, TypeError),
@@ -142,17 +185,18 @@ WRONG: dict[str, tuple[Any, type[Exception]]] = {
     "linear_steps": (0, ValueError),
     "gamma": (-1.0, ValueError),
     "eta": (0.0, ValueError),
+    "max_multiplier": (0.0, ValueError),
 }
 
 
 @pytest.mark.parametrize(
     ("name", "field"),
-    [(name, field.name) for name in ALL for field in fields(ALL[name])],  # pyright: ignore[reportArgumentType]
+    [(name, field.name) for name in CHECKED for field in fields(CHECKED[name])],  # pyright: ignore[reportArgumentType]
 )
 def test_every_parameter_is_checked(name: str, field: str) -> None:
     value, kind = WRONG[field]
     with pytest.raises(kind, match=field):
-        replace(ALL[name], **{field: value})  # pyright: ignore[reportArgumentType]
+        replace(CHECKED[name], **{field: value})  # pyright: ignore[reportArgumentType]
 
 
 def cleaning(seed: int = 0) -> tuple[bl.BilevelProblem, Tensor, Tensor, Tensor, list[Any]]:

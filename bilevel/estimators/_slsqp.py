@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ class Answer:
     Attributes:
         vectors: The variables.
         value: The objective there.
-        ran_away: Whether they are not finite or grew without bound; then they are those of the start.
+        ran_away: Whether they are not finite, and then those of the start, or grew without bound.
         values: Evaluations of the functions.
         jacobians: Evaluations of their derivatives.
     """
@@ -39,7 +40,7 @@ def minimize(
     start: Sequence[Tensor],
     equalities: int,
     *,
-    slack: Tensor | None = None,
+    slack: Sequence[float] = (),
     bounds: Sequence[tuple[float | None, float | None]] | None = None,
     max_steps: int = 100,
     ftol: float = 1e-10,
@@ -62,7 +63,7 @@ def minimize(
     program = _Program(outputs, start)
     equal, over = slice(1, 1 + equalities), slice(1 + equalities, None)
     first = program.joined(start)
-    raised: Any = 0.0 if slack is None else slack.double().numpy()
+    raised: Any = torch.tensor(slack, dtype=torch.float64).numpy() if slack else 0.0
     rest = len(program.values(first)) - 1 - equalities
     constraints: list[Any] = []
     if equalities:
@@ -79,8 +80,9 @@ def minimize(
         constraints=constraints,
         options={"maxiter": max_steps, "ftol": ftol},
     )
-    far = not abs(found.x).max() <= _FAR * (1.0 + abs(first).max())  # also where it is NaN
-    vectors = list(start) if far else program.split(found.x)
+    length = float(abs(found.x).max())
+    far = not length <= _FAR * (1.0 + abs(first).max())  # also where it is NaN
+    vectors = program.split(found.x) if math.isfinite(length) else list(start)
     return Answer(vectors, float(found.fun), far, program.value_count, program.slope_count)
 
 

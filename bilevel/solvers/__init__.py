@@ -6,6 +6,7 @@ from bilevel.solvers.asblo import ASBLO
 from bilevel.solvers.bome import BOME
 from bilevel.solvers.descent import HypergradientDescent
 from bilevel.solvers.f2sa import F2SA
+from bilevel.solvers.lvhba import LVHBA
 from bilevel.solvers.meha import MEHA
 from bilevel.solvers.soba import SOBA
 from bilevel.solvers.stocbio import StocBiO
@@ -15,6 +16,7 @@ __all__ = [
     "ASBLO",
     "BOME",
     "F2SA",
+    "LVHBA",
     "MEHA",
     "SOBA",
     "VPBGD",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ class Answer(NamedTuple):
         y: Shape (n,).
         upper: F there.
         lower: f there.
-        gap: Value gap, relative to the size of f.
+        gap: Value gap beyond the rounding error of f, in units of f.
         violation: Of the constraints, in their units.
     """
 
@@ -176,8 +176,7 @@ def _from_a_start(flat: BilevelProblem, state: State, form: KKTForm) -> State:
             break  # a cut can only raise F
         cuts = [*cuts[1 - _CUTS :], lower]
         relaxations = _FAR[1:]
-    if best is None:
-        raise RuntimeError("no round was made")
+    best = cast(Answer, best)  # of the first round, if of none before
     values = memory["values"] + form.evaluations.lower
     memory |= {"next": number + 1, "cuts": cuts, "answer": list(best), "values": values}
     state = replace(
@@ -220,8 +219,8 @@ def _start(
     x, y = (v + size * _noise(v, generator) for v in (x, y))
     x = projected_by(flat.domain, x)
     if is_solved:
-        value, where = form.lowest(x, [y])
-        y = where if math.isfinite(value) else y
+        drop, where = form.drop(x, y, [y])
+        y = where if math.isfinite(drop) else y
     return form.start(x, y), relaxations
 
 
@@ -234,11 +233,12 @@ def _judged(
     size = 1.0 + float(y.abs().max())
     around = [y + distance * size * _noise(y, generator) for distance in _AROUND]
     lower = float(oracle.lower(x, y))
-    value, where = form.lowest(x, [y, *cuts[-3:], *around])
-    height = form.in_units(lower)
-    gap = max(0.0, height - value) / max(1.0, abs(height)) if math.isfinite(height) else math.inf
+    drop, where = form.drop(x, y, [y, *cuts[-3:], *around])
+    # what rounding can explain is no gap; without any feasible lower point, no y is a solution
+    known = math.isfinite(lower) and drop > -math.inf
+    gap = max(0.0, drop - form.noise(lower, y.dtype)) if known else math.inf
     answer = Answer(x, y, float(oracle.upper(x, y)), lower, gap, form.violation(x, y))
-    return answer, where if math.isfinite(value) and gap > _GAP else None
+    return answer, where if _GAP < gap < math.inf else None
 
 
 def _noise(like: Tensor, generator: torch.Generator) -> Tensor:

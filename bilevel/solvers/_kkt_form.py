@@ -27,6 +27,7 @@ from bilevel.solvers._walls import Units
 
 _LARGE = 300  # x, y and multipliers above which SLSQP is no longer the method
 _FEASIBLE = 1e-8  # violation of a lower solution, in units of the constraints
+_CANCELLATION = 64.0  # f may be the sum of terms this much larger than itself
 _CUT_PENALTY = 10.0  # what a cut gives way where z breaks the lower constraints, in units of f
 
 
@@ -75,9 +76,9 @@ class KKTForm:
         known = self._problem.domain is None or isinstance(self._problem.domain, Box)
         return known and sum(part.numel() for part in self.start(x, y)) <= _LARGE
 
-    def in_units(self, lower: float) -> float:
-        """A value of f in its unit."""
-        return lower / self._units.lower
+    def noise(self, lower: float, dtype: torch.dtype) -> float:
+        """The rounding error of a difference of values of f near `lower`, in units of f."""
+        return _CANCELLATION * torch.finfo(dtype).eps * abs(lower) / self._units.lower
 
     def _count(self, name: str) -> int:
         return self._units.constraints[name].numel() if name in self._units.constraints else 0
@@ -98,6 +99,8 @@ class KKTForm:
         """The solution found from `start` for the last of the relaxations t."""
         n, k = start.y.numel(), start.multipliers.numel()
         reach = math.sqrt(1.0 + float(start.y @ start.y) / n)
+        with torch.no_grad():  # a constant in F takes no digits from SLSQP
+            height = self._problem.upper(start.x, start.y, None)
 
         def outputs(x: Tensor, y: Tensor, lam: Tensor, nu: Tensor) -> Tensor:
             lower = self._lower_value(x, y)
@@ -105,7 +108,7 @@ class KKTForm:
             stationarity = _autodiff.differentiable_grad(lower + lam @ h + nu @ h_equal, y)
             return torch.cat(
                 [
-                    self._problem.upper(x, y, None).reshape(1) / self._units.upper,
+                    (self._problem.upper(x, y, None) - height).reshape(1) / self._units.upper,
                     stationarity * reach,
                     h_equal,
                     self._constraint("upper_equality", x, y),
@@ -124,9 +127,9 @@ class KKTForm:
         bounds = [*self._bounds(start.x), *[(None, None)] * n, *[(0.0, None)] * k]
         bounds += [(None, None)] * start.equality_multipliers.numel()
         point = start
+        self.evaluations += Evaluations(upper=1)
         for t in relaxations:
-            slack = torch.zeros(inequalities)
-            slack[:k] = t
+            slack = [t] * k + [0.0] * (inequalities - k)
             found = _slsqp.minimize(outputs, point, equalities, slack=slack, bounds=bounds)
             self.evaluations += Evaluations(
                 upper=found.values,
@@ -154,22 +157,32 @@ class KKTForm:
         ]
         return list(zip(*both, strict=True))
 
-    def lowest(self, x: Tensor, starts: Sequence[Tensor]) -> tuple[float, Tensor]:
-        """The lowest feasible value of f(x, .) that is found from the starts, in units of f, and where."""
+    def drop(self, x: Tensor, y: Tensor, starts: Sequence[Tensor]) -> tuple[float, Tensor]:
+        """How far f(x, .) lies lower than at y, at the lowest feasible point found from the starts, and where.
 
-        def outputs(y: Tensor) -> Tensor:
-            h, h_equal = (self._constraint(c, x, y) for c in ("lower_constraint", "lower_equality"))
-            return torch.cat([self._lower_value(x, y)[None], h_equal, -h])
+        In units of f; infinite where f falls without bound, minus infinity where no feasible point was found.
+        """
+        with torch.no_grad():
+            height = self._lower_value(x, y)  # so that a constant in f takes no digits from SLSQP
 
-        best, where = math.inf, starts[0]
+        def outputs(v: Tensor) -> Tensor:
+            h, h_equal = (self._constraint(c, x, v) for c in ("lower_constraint", "lower_equality"))
+            return torch.cat([(self._lower_value(x, v) - height)[None], h_equal, -h])
+
+        best, where = math.inf, y
         for start in starts:
             found = _slsqp.minimize(outputs, [start], self._count("lower_equality"), ftol=1e-12)
             self.evaluations += Evaluations(lower=found.values, lower_grad=found.jacobians)
-            (y,) = found.vectors
-            feasible = not found.ran_away and self.violation(x, y, level="lower") <= _FEASIBLE
-            if feasible and found.value < best:
-                best, where = found.value, y
-        return best, where
+            (v,) = found.vectors
+            feasible = self.violation(x, v, level="lower") <= max(
+                _FEASIBLE, 100.0 * torch.finfo(v.dtype).eps
+            )
+            if feasible and found.ran_away and found.value < -1.0:
+                return math.inf, v
+            if feasible and not found.ran_away and found.value < best:
+                best, where = found.value, v
+        self.evaluations += Evaluations(lower=1)
+        return -best, where
 
     def violation(self, x: Tensor, y: Tensor, level: str = "") -> float:
         """The largest violation of a constraint, of one level or of both, in its units."""
