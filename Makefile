@@ -33,8 +33,9 @@ demo: $(STAMP)  ## Train EchoIR with ASBLO on photographs (about 10 minutes on 2
 zoo: $(STAMP)  ## Solve the test problems, print the table, write docs/zoo.md
 	$(RUN) benchmarks/zoo.py
 
-PROBLEMS ?= ../shared/problems
+PROBLEMS ?= $(firstword $(wildcard problems */problems ../*/problems))
 scoreboard: $(STAMP)  ## Solve a folder of published problems (PROBLEMS=...), write docs/scoreboard.md
+	@test -n "$(PROBLEMS)" || { echo "Name the folder of the problems: make scoreboard PROBLEMS=FOLDER"; exit 1; }
 	$(RUN) benchmarks/scoreboard.py $(PROBLEMS)
 
 test: $(STAMP)  ## Run the tests

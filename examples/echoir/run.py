@@ -95,23 +95,25 @@ class Run:
         bar = progress.add_task(self.name, total=1.0, step=now.state.step, facts="")
         saved_at = time.perf_counter()
         seen: dict[str, float] = {}  # the latest PSNR, once there is one
-        stepping = 0.0
+        stepping, since = 0.0, 0  # seconds and steps since the last row
         began = time.perf_counter()
         for state in states:
-            if state.step % LOG_EVERY == 0:
+            since += 1
+            finished = clock.done(state.step) >= 1
+            if state.step % LOG_EVERY == 0 or finished:
                 _wait(self.device)
             stepping += time.perf_counter() - began
             if state.status.is_failure:
                 raise state.status.error(f"{self.name}: {state.message}")
             _average(now.average, state)
             average = replace(now.average, step=state.step)
-            now = Checkpoint(state, average, clock.seconds(), clock.done(state.step) >= 1)
+            now = Checkpoint(state, average, clock.seconds(), finished)
             if state.step % LOOK_EVERY == 0 or now.finished:
                 seen = {"psnr": self.psnr(average)}
             if state.step % LOG_EVERY == 0 or now.finished:
                 row = {"step": state.step, "seconds": round(now.seconds, 2), **seen}
-                row |= {"step_seconds": round(stepping / LOG_EVERY, 4)}
-                stepping = 0.0
+                row |= {"step_seconds": round(stepping / since, 4)}
+                stepping, since = 0.0, 0
                 row |= {name: float(value) for name, value in state.metrics.items()}
                 log.write(json.dumps(row) + "\n")
                 log.flush()
