@@ -102,7 +102,9 @@ def test_solver_keeps_the_contract(name: str) -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_on_batches_the_contract_holds_too(name: str) -> None:
     adam = Torch(torch.optim.Adam, lr=0.1)
-    parts = {"upper_optimizer": adam, "lower_optimizer": adam}
+    parts: dict[str, Any] = {"upper_optimizer": adam, "lower_optimizer": adam}
+    parts |= {"inner_steps": 3} if isinstance(ALL[name], bl.F2SA) else {}
+    parts |= {"linear_steps": 20} if isinstance(ALL[name], bl.StocBiO) else {}
     if name in ("SOBA", "MA-SOBA", "MEHA"):
         parts = {"upper_optimizer": sgd(2e-3), "lower_optimizer": sgd(0.1)}
     if name == "MEHA":
@@ -111,7 +113,7 @@ def test_on_batches_the_contract_holds_too(name: str) -> None:
         parts["value_optimizer"] = parts["lower_optimizer"]
     solver = replace(ALL[name], **parts)  # pyright: ignore[reportArgumentType]
     rough = replace(problems.quadratic(), tolerance=0.5)
-    check_solver(solver, problems=[rough], max_steps=140, batches=[None] * 140)
+    check_solver(solver, problems=[rough], max_steps=100, batches=[None] * 100)
 
 
 @pytest.mark.parametrize("name", ALL)
