@@ -46,4 +46,8 @@ def test_search_is_no_worse_than_the_grid(data: lasso_path.Data) -> None:
     grid = min(float(lasso_path.validation_error(data, y)) for y in coefficients.T)
     assert found.status is bl.Status.CONVERGED
     assert grid - 1e-3 < found.upper < grid + 1e-6
-    assert lasso_path.drawing(data, found).count("<path") > lasso_path.DRAWN
+    coefficients, errors = lasso_path.drawing(data, found).axes
+    *colored, answer = coefficients.lines[data.X.shape[1] :]
+    assert len(colored) == lasso_path.DRAWN
+    np.testing.assert_allclose(answer.get_xdata(), float(found.x.exp()))
+    assert np.min(errors.lines[0].get_ydata()) == pytest.approx(grid)
