@@ -147,10 +147,11 @@ def table(found: Sequence[Mapping[str, Fit]], reference: str) -> str:
         excess = [fits[name].test - fits[reference].test for fits in found]
         error = statistics.stdev(excess) / len(excess) ** 0.5
         errors = statistics.mean(r.errors for r in rows)
+        wrong = "" if math.isnan(errors) else f"{errors:.2%}"
         lines.append(
             f"{name:22} {statistics.mean(r.validation for r in rows):10.4f} "
             f"{statistics.mean(r.test for r in rows):7.4f} "
             f"{statistics.mean(excess):+17.4f} ± {error:.4f} {sum(e < 0 for e in excess):3}/{len(excess)} "
-            f"{'' if math.isnan(errors) else format(errors, '.2%'):>7} {statistics.median(r.seconds for r in rows):6.2f}"
+            f"{wrong:>7} {statistics.median(r.seconds for r in rows):6.2f}"
         )
     return "\n".join(lines)

@@ -117,9 +117,8 @@ def path(data: Data, count: int = GRID) -> tuple[Tensor, Tensor]:
     return torch.tensor(penalties), torch.tensor(coefficients)
 
 
-def drawing(data: Data, found: bl.Solution) -> Figure:
+def drawing(data: Data, found: bl.Solution, penalties: Tensor, coefficients: Tensor) -> Figure:
     """The path of the coefficients, and the validation error along it."""
-    penalties, coefficients = path(data)
     largest = found.y.abs().argsort(descending=True)[:DRAWN]
     errors = [float(validation_error(data, y)) for y in coefficients.T]
     penalty = float(found.x.exp())
@@ -155,7 +154,7 @@ def main(output: Path = Path("lasso_path.svg")) -> None:
         nonzero = int((y.abs() > 1e-8).sum())
         print(f"{name:16} {float(penalty):9.5f} {float(error):10.5f} {test:8.4f} {nonzero:8}")
     print(f"{found.status.name} after {found.steps} steps and {found.seconds:.2f} s")
-    save(drawing(data, found), output)
+    save(drawing(data, found, penalties, coefficients), output)
 
 
 if __name__ == "__main__":

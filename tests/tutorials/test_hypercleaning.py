@@ -22,7 +22,7 @@ def test_half_of_the_labels_are_wrong(digits: h.Digits) -> None:
 @pytest.mark.parametrize("name", list(h.METHODS))
 def test_method_cleans(name: str, digits: h.Digits) -> None:
     method = h.METHODS[name]
-    count = {"F2SA": 30, "Implicit(CG)": 25}.get(name, 100)
+    count = {"F2SA": 30, "Implicit(CG)": 25, "Unrolled": 80}.get(name, 200)
     x0, y0 = h.start(digits)
     run = h.steps(h.objectives(digits), method.solver, x0, y0, method.batches(digits))
     *_, last = itertools.islice(run, count)
