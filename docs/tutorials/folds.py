@@ -1,5 +1,6 @@
 """Cross-validation as a bi-level problem: the models of all folds share the penalties, one a feature."""
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ SOLVERS: dict[str, bl.Solver] = {
     "ASBLO": bl.ASBLO(),
     "Implicit": bl.HypergradientDescent(bl.Implicit()),
 }
+MARKERS = ("--", "o", "x")  # of the shared penalty and of the solvers, in figures
 
 
 @dataclass(frozen=True)
@@ -144,10 +146,12 @@ def table(found: Sequence[Mapping[str, Fit]], reference: str) -> str:
         rows = [fits[name] for fits in found]
         excess = [fits[name].test - fits[reference].test for fits in found]
         error = statistics.stdev(excess) / len(excess) ** 0.5
+        errors = statistics.mean(r.errors for r in rows)
+        wrong = "" if math.isnan(errors) else f"{errors:.2%}"
         lines.append(
             f"{name:22} {statistics.mean(r.validation for r in rows):10.4f} "
             f"{statistics.mean(r.test for r in rows):7.4f} "
             f"{statistics.mean(excess):+17.4f} ± {error:.4f} {sum(e < 0 for e in excess):3}/{len(excess)} "
-            f"{statistics.mean(r.errors for r in rows):7.2%} {statistics.median(r.seconds for r in rows):6.2f}"
+            f"{wrong:>7} {statistics.median(r.seconds for r in rows):6.2f}"
         )
     return "\n".join(lines)

@@ -27,7 +27,8 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from chart import Panel, figure
+from figures import legend, panels, save
+from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -193,11 +194,16 @@ def pretrain(images: list[Tensor], steps: int, generator: torch.Generator) -> Ne
     return {"hidden": leaves["hidden"].detach(), "head": torch.zeros(HIDDEN + 1, WAYS)}
 
 
-def drawing(curve: list[tuple[float, float]], levels: dict[str, float]) -> str:
+def drawing(curve: list[tuple[float, float]], levels: dict[str, float]) -> Figure:
     """Accuracy on unseen digits against the steps of meta-training."""
-    title = f"{WAYS} unseen digits, {SHOTS} images of each"
-    lines = {"iMAML": curve}
-    return figure(Panel(title, "upper steps", "accuracy after adapting", lines, levels=levels))
+    figure, (axes,) = panels(1)
+    axes.plot(*zip(*curve, strict=True), marker="o", label="iMAML")
+    for (name, level), style in zip(levels.items(), ("--", ":"), strict=True):
+        axes.axhline(level, color="black", linestyle=style, label=name)
+    axes.set(title=f"{WAYS} unseen digits, {SHOTS} images of each")
+    axes.set(xlabel="upper steps", ylabel="accuracy after adapting")
+    legend(figure, columns=3)
+    return figure
 
 
 def main(steps: int = 400, output: Path = Path("imaml.svg")) -> None:
@@ -220,7 +226,7 @@ def main(steps: int = 400, output: Path = Path("imaml.svg")) -> None:
         levels[name] = accuracy(start, unseen, best)
         error = math.sqrt(levels[name] * (1 - levels[name]) / (JUDGED * WAYS * QUERIES))
         print(f"{name:12} {best:8} {scores[best]:7.3f} {levels[name]:7.3f} ± {error:.3f}")
-    output.write_text(drawing(curve, {n: v for n, v in levels.items() if n != "iMAML"}), "utf-8")
+    save(drawing(curve, {n: v for n, v in levels.items() if n != "iMAML"}), output)
 
 
 if __name__ == "__main__":

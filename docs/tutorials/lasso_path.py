@@ -23,7 +23,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from chart import Panel, figure
+from figures import legend, panels, save
+from matplotlib.figure import Figure
 from sklearn.datasets import load_diabetes
 from sklearn.linear_model import lasso_path
 from sklearn.preprocessing import PolynomialFeatures
@@ -35,7 +36,8 @@ TRAINING, VALIDATION = 200, 120  # of 442 patients; the rest is for the test
 SEX_SQUARED = 20  # a column that says what `sex` says, so that the Lasso would not be unique
 GRID = 100  # penalties of scikit-learn's path
 DEPTH = 1e-3  # the smallest penalty of the path over the largest
-DRAWN = 8  # coefficients, the largest ones
+DRAWN = 6  # coefficients in color, the largest ones at the answer
+DRAWN_DEPTH = 0.03  # as DEPTH, for the figure: at small penalties those of no use hide the others
 
 
 @dataclass(frozen=True)
@@ -115,23 +117,24 @@ def path(data: Data, count: int = GRID) -> tuple[Tensor, Tensor]:
     return torch.tensor(penalties), torch.tensor(coefficients)
 
 
-def drawing(data: Data, found: bl.Solution) -> str:
-    """The path of the largest coefficients, and the validation error along it."""
-    penalties, coefficients = path(data)
-    largest = coefficients[:, -1].abs().argsort(descending=True)[:DRAWN]
-    lines = {
-        f"coefficient {int(i)}": list(
-            zip(penalties.tolist(), coefficients[i].tolist(), strict=True)
-        )
-        for i in largest
-    }
+def drawing(data: Data, found: bl.Solution, penalties: Tensor, coefficients: Tensor) -> Figure:
+    """The path of the coefficients, and the validation error along it."""
+    largest = found.y.abs().argsort(descending=True)[:DRAWN]
     errors = [float(validation_error(data, y)) for y in coefficients.T]
-    curve = {"validation error": list(zip(penalties.tolist(), errors, strict=True))}
-    answer = {"hypergradient": [(float(found.x.exp()), found.upper)]}
-    return figure(
-        Panel("Path of the Lasso", "penalty", "coefficient", lines, log_x=True),
-        Panel("Validation error", "penalty", "mean squared error", curve, answer, log_x=True),
-    )
+    penalty = float(found.x.exp())
+    figure, (left, right) = panels(2)
+    seen = penalties >= DRAWN_DEPTH * data.largest
+    left.plot(penalties[seen], coefficients[:, seen].T, color="lightgray", linewidth=0.8)
+    left.plot(penalties[seen], coefficients[largest][:, seen].T)
+    right.plot(penalties, errors, color="black", label="scikit-learn's path")
+    right.plot(penalty, found.upper, "o", color="tab:red", label="hypergradient")
+    left.axvline(penalty, color="tab:red", linestyle="--")
+    left.set(title="Coefficients", ylabel="coefficient")
+    right.set(title="Validation error", ylabel="mean squared error")
+    for axes in (left, right):
+        axes.set(xlabel="penalty", xscale="log")
+    legend(figure, columns=2)
+    return figure
 
 
 def main(output: Path = Path("lasso_path.svg")) -> None:
@@ -151,7 +154,7 @@ def main(output: Path = Path("lasso_path.svg")) -> None:
         nonzero = int((y.abs() > 1e-8).sum())
         print(f"{name:16} {float(penalty):9.5f} {float(error):10.5f} {test:8.4f} {nonzero:8}")
     print(f"{found.status.name} after {found.steps} steps and {found.seconds:.2f} s")
-    output.write_text(drawing(data, found), encoding="utf-8")
+    save(drawing(data, found, penalties, coefficients), output)
 
 
 if __name__ == "__main__":

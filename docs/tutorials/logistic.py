@@ -18,8 +18,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from chart import Panel, figure
-from folds import SOLVERS, Fit, Split, search, split, table, validation, weighted
+from figures import legend, panels, save
+from folds import MARKERS, SOLVERS, Fit, Split, search, split, table, validation, weighted
+from matplotlib.figure import Figure
 from sklearn.datasets import load_breast_cancer
 from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
 from sklearn.metrics import log_loss
@@ -87,22 +88,22 @@ def fits(seed: int) -> dict[str, Fit]:
     return {SHARED: one_for_all(data), **found}
 
 
-def drawing(found: dict[str, Fit]) -> str:
+def drawing(found: dict[str, Fit]) -> Figure:
     """The penalties of one split, sorted by those of the first solver."""
     order = found[next(iter(SOLVERS))].penalties.argsort()
-    dots = {
-        name: [(float(i), float(torch.log10(v))) for i, v in enumerate(fit.penalties[order])]
-        for name, fit in found.items()
-    }
-    title = "Penalty of each feature, breast cancer data"
-    return figure(Panel(title, "features, sorted", "log10 of the penalty", dots=dots))
+    figure, (axes,) = panels(1)
+    for (name, fit), marker in zip(found.items(), MARKERS, strict=True):
+        axes.plot(fit.penalties[order], marker, fillstyle="none", label=name)
+    axes.set(title="Breast cancer data", xlabel="features, sorted", ylabel="penalty", yscale="log")
+    legend(figure, columns=3)
+    return figure
 
 
 def main(splits: int = 4, output: Path = Path("logistic.svg")) -> None:
     """Compares the methods over many splits, and draws the penalties of the first."""
     found = [fits(seed) for seed in range(splits)]
     print(table(found, SHARED))
-    output.write_text(drawing(found[0]), encoding="utf-8")
+    save(drawing(found[0]), output)
 
 
 if __name__ == "__main__":

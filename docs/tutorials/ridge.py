@@ -19,8 +19,9 @@ import time
 from pathlib import Path
 
 import torch
-from chart import Panel, figure
-from folds import SOLVERS, Fit, Split, search, split, table, validation, weighted
+from figures import legend, panels, save
+from folds import MARKERS, SOLVERS, Fit, Split, search, split, table, validation, weighted
+from matplotlib.figure import Figure
 from sklearn.datasets import load_diabetes
 from sklearn.linear_model import Ridge, RidgeCV
 from torch import Tensor
@@ -73,22 +74,23 @@ def fits(seed: int) -> dict[str, Fit]:
     return {SHARED: one_for_all(data), **found}
 
 
-def drawing(found: dict[str, Fit]) -> str:
+def drawing(found: dict[str, Fit]) -> Figure:
     """The penalties of one split."""
-    dots = {
-        name: [(float(i), float(torch.log10(v))) for i, v in enumerate(fit.penalties)]
-        for name, fit in found.items()
-    }
+    figure, (axes,) = panels(1)
+    for (name, fit), marker in zip(found.items(), MARKERS, strict=True):
+        axes.plot(fit.penalties, marker, fillstyle="none", label=name)
     names = load_diabetes().feature_names
-    title = "Penalty of each feature, diabetes data"
-    return figure(Panel(title, "feature", "log10 of the penalty", dots=dots, labels=names))
+    axes.set_xticks(range(len(names)), names)
+    axes.set(title="Diabetes data", xlabel="feature", ylabel="penalty", yscale="log")
+    legend(figure, columns=3)
+    return figure
 
 
 def main(splits: int = 20, output: Path = Path("ridge.svg")) -> None:
     """Compares the methods over many splits, and draws the penalties of the first."""
     found = [fits(seed) for seed in range(splits)]
     print(table(found, SHARED))
-    output.write_text(drawing(found[0]), encoding="utf-8")
+    save(drawing(found[0]), output)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ import itertools
 from pathlib import Path
 
 import torch
-from chart import Panel, figure
+from figures import legend, panels, save
+from matplotlib.figure import Figure
 from torch import Tensor
 
 import bilevel as bl
@@ -96,21 +97,21 @@ def play(x0: float = 1.0, solver: bl.Solver | None = None) -> bl.Solution:
     return bl.solve(game(), solver or bl.ASBLO(), start, 0.5 * CAPACITY, max_steps=500)
 
 
-def drawing(solution: bl.Solution) -> str:
+def drawing(solution: bl.Solution) -> Figure:
     """The leader's profit and the rivals' outputs against the leader's output."""
-    outputs = [PLANT * i / 200 for i in range(201)]
-    profit = [
-        (x, float(leader_profit(torch.tensor([x]).double(), equilibrium(x)))) for x in outputs
-    ]
-    rivals = {
-        f"rival {i + 1}": [(x, float(equilibrium(x)[i])) for x in outputs]
-        for i in range(len(COSTS))
-    }
-    found = {"ASBLO": [(float(solution.x), -solution.upper)]}
-    return figure(
-        Panel("The leader's profit", "leader's output", "profit", {"profit": profit}, found),
-        Panel("Its rivals", "leader's output", "output", rivals),
-    )
+    outputs = torch.linspace(0.0, PLANT, 201, dtype=torch.float64)
+    rivals = torch.stack([equilibrium(float(x)) for x in outputs])
+    profits = [float(leader_profit(x[None], y)) for x, y in zip(outputs, rivals, strict=True)]
+    figure, (leader, others) = panels(2)
+    leader.plot(outputs, profits, color="black", label="leader")
+    leader.plot(solution.x, -solution.upper, "o", color="tab:red", label="ASBLO")
+    for i, output in enumerate(rivals.T):
+        (line,) = others.plot(outputs, output, label=f"rival {i + 1}")
+        others.plot(solution.x, solution.y[i], "o", color=line.get_color())
+    leader.set(title="The leader's profit", xlabel="leader's output", ylabel="profit")
+    others.set(title="Its rivals", xlabel="leader's output", ylabel="output")
+    legend(figure, columns=5)
+    return figure
 
 
 def main(output: Path = Path("stackelberg.svg")) -> None:
@@ -122,7 +123,7 @@ def main(output: Path = Path("stackelberg.svg")) -> None:
     print(f"output {float(solution.x):.6f} (closed form {x:.6f})")
     print(f"profit {-solution.upper:.6f} (closed form {profit:.6f})")
     print(f"rivals {solution.y.tolist()} (closed form {equilibrium(x).tolist()})")
-    output.write_text(drawing(solution), encoding="utf-8")
+    save(drawing(solution), output)
 
 
 if __name__ == "__main__":

@@ -84,5 +84,10 @@ def test_table_and_drawing_show_all_methods() -> None:
     fit = folds.Fit(torch.full((10,), 0.1), 0.5, 0.6, 0.1, 1.0)
     better = folds.Fit(torch.full((10,), 0.2), 0.4, 0.5, 0.1, 1.0)
     text = folds.table([{"a": fit, "b": better}, {"a": fit, "b": better}], "a")
-    assert "-0.1000 ± 0.0000   2/2" in text
-    assert ridge.drawing({"a": fit, "b": better}).count("<circle") == 20
+    assert "-0.1000 ± 0.0000   2/2  10.00%" in text
+    drawings = (ridge.drawing, logistic.drawing)
+    methods = {"RidgeCV": fit, "ASBLO": fit, "Implicit": better}
+    for drawing in drawings:
+        (axes,) = drawing(methods).axes
+        assert [line.get_label() for line in axes.lines] == list(methods)
+        np.testing.assert_array_equal(axes.lines[-1].get_ydata(), better.penalties)

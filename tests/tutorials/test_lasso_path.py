@@ -42,8 +42,12 @@ def test_hypergradient_is_the_slope_of_scikit_learns_validation_error(
 
 def test_search_is_no_worse_than_the_grid(data: lasso_path.Data) -> None:
     found = lasso_path.search(data)
-    _, coefficients = lasso_path.path(data)
+    penalties, coefficients = lasso_path.path(data)
     grid = min(float(lasso_path.validation_error(data, y)) for y in coefficients.T)
     assert found.status is bl.Status.CONVERGED
     assert grid - 1e-3 < found.upper < grid + 1e-6
-    assert lasso_path.drawing(data, found).count("<path") > lasso_path.DRAWN
+    left, right = lasso_path.drawing(data, found, penalties, coefficients).axes
+    *colored, answer = left.lines[data.X.shape[1] :]
+    assert len(colored) == lasso_path.DRAWN
+    np.testing.assert_allclose(answer.get_xdata(), float(found.x.exp()))
+    assert np.min(right.lines[0].get_ydata()) == pytest.approx(grid)

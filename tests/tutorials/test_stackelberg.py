@@ -63,4 +63,7 @@ def test_asblo_finds_the_closed_form() -> None:
     assert -problem.upper == pytest.approx(profit, abs=1e-4)
     assert float(problem.x) == pytest.approx(x, abs=1e-3)
     np.testing.assert_allclose(problem.y, game.equilibrium(x), atol=1e-3)
-    assert game.drawing(problem).startswith("<svg")
+    leader, _ = game.drawing(problem).axes
+    curve, found = leader.lines
+    assert np.max(curve.get_ydata()) == pytest.approx(profit, abs=5e-3)
+    np.testing.assert_array_equal(found.get_ydata(), [-problem.upper])
