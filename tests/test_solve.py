@@ -144,6 +144,11 @@ def test_unsolved_lower_problem_is_not_called_converged() -> None:
     )
     hasty = bl.ASBLO(minimizer=bl.optim.Newton(max_steps=2))
     solution = bl.solve(steep, hasty, X, Y, max_steps=60, throw=False)
+    assert "KKT" in solution.message  # which found what the path did not
+    assert solution.certificate is not None
+    assert solution.certificate.is_trusted
+    hasty = bl.ASBLO(minimizer=bl.optim.Newton(max_steps=2), pessimistic=True)  # has no such form
+    solution = bl.solve(steep, hasty, X, Y, max_steps=60, throw=False)
     assert solution.status is not bl.Status.CONVERGED
 
 

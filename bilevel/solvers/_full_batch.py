@@ -1,9 +1,9 @@
 """ASBLO on the full batch: the path, and where that is not the whole answer, the KKT form.
 
 The path is the sequence of `_sequential`, with barriers in the place of constraints: from the minimum of F it
-follows the lower solutions into the basin that F prefers. With constraints, or where y turns out to lie in the
-wrong basin of f, the KKT form of the problem is solved from the end of the path, from the user's start and from
-points around both, and the best answer that holds is kept.
+follows the lower solutions into the basin that F prefers. With constraints, where y turns out to lie in the wrong
+basin of f, or where f is too flat for the path to end, the KKT form of the problem is solved from the end of the
+path, from the user's start and from points around both, and the best answer that holds is kept.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def _along_the_path(
         oracle = Oracle(flat)
         basins = explore(oracle, moved.x, moved.y, sequence.minimizer, seed=2)
         state = replace(state, evaluations=state.evaluations + oracle.evaluations)
-        if basins.lowest < basins.nearest:
+        if basins.lowest < basins.nearest or moved.status.is_failure:
             return _with_starts(sequence, flat, state, units)
     return state
 
