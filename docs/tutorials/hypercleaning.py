@@ -1,6 +1,6 @@
 """Data hyper-cleaning: find the wrong labels of a training set, on the digits data.
 
-    python docs/tutorials/hypercleaning.py        # a minute on one core; writes hypercleaning.svg
+    python docs/tutorials/hypercleaning.py        # two minutes on one core; writes hypercleaning.svg
 
 Half of the labels of the training set are wrong, and nobody knows which; a small validation set is clean. The lower
 level trains a classifier y on the training set, where sample i has the weight sigmoid(x_i). The upper level chooses
@@ -10,8 +10,9 @@ the weights x, one a sample, so that the classifier is good on the validation se
 
 A sample whose weight falls below one half is called corrupted. Two numbers judge a method: the accuracy of y on test
 data, and the F1 score of the corrupted samples that it found. Each method gets the same wall-clock time.
-Trained on all labels the classifier is right on 84 % of the test data, on the clean ones alone on 94 %, and
-after 10 seconds each method comes within 1 point of that, with an F1 score of 0.94.
+Over three splits, the classifier trained on all labels is right on 87.3 % of the test data, trained on the clean ones
+alone on 94.9 %. After 5 seconds the methods reach 93.1 % (`Unrolled`) to 93.9 % (`VPBGD`, `Implicit`), and find the
+wrong labels with an F1 score of 0.937 to 0.954 (`F2SA`): six points above the one, one or two below the other.
 `METHODS` holds them by name: to try one more, add a line.
 """
 
@@ -278,7 +279,7 @@ def drawing(
     for axes in (left, right):
         axes.set(xlabel="seconds", xscale="log")
         axes.xaxis.set_major_formatter("{x:g}")
-    legend(figure, columns=5)
+    legend(figure, columns=3)
     return figure
 
 

@@ -37,7 +37,7 @@ SEX_SQUARED = 20  # a column that says what `sex` says, so that the Lasso would 
 GRID = 100  # penalties of scikit-learn's path
 DEPTH = 1e-3  # the smallest penalty of the path over the largest
 DRAWN = 6  # coefficients in color, the largest ones at the answer
-DRAWN_DEPTH = 0.03  # as DEPTH, for the figure: at small penalties those of no use hide the others
+DRAWN_DEPTH = 0.01  # as DEPTH, for the figure: at small penalties those of no use hide the others
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,8 @@ def drawing(data: Data, found: bl.Solution, penalties: Tensor, coefficients: Ten
     right.set(title="Validation error", ylabel="mean squared error")
     for axes in (left, right):
         axes.set(xlabel="penalty", xscale="log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
     legend(figure, columns=2)
     return figure
 
