@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from bilevel import _tree
-from bilevel._errors import BilevelError
 from bilevel._oracle import Oracle
 from bilevel._problem import CONSTRAINTS, BilevelProblem, ravel
 from bilevel._solution import Status, table
@@ -118,14 +117,11 @@ def recommend(problem: BilevelProblem, x: Tree, y: Tree, data: Any = None) -> Re
             "the lower solution is locally unique, so the implicit hypergradient is exact"
         )
         return Recommendation(implicit, tuple(reasons), tuple(refused))
-    asblo = ASBLO()
-    try:
-        asblo.init(problem, x, y, None, full_batch=True)
-    except (BilevelError, ValueError) as error:
-        refused.append(("ASBLO", str(error)))
-        return Recommendation(None, tuple(reasons), tuple(refused))
+    if kinds and data is not None:
+        reason = f"it takes no {kinds[0]}; on the full batch, with the data inside the objectives, it does"
+        refused.append(("ASBLO on batches", reason))
     reasons.append("the value function needs first derivatives only, and no unique lower solution")
-    return Recommendation(asblo, tuple(reasons), tuple(refused))
+    return Recommendation(ASBLO(), tuple(reasons), tuple(refused))
 
 
 class _Probe:

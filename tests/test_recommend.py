@@ -90,3 +90,29 @@ def test_large_lower_problem_is_probed_by_lanczos() -> None:
     low, high = (float(word) for word in sentence.split() if word[0].isdigit())
     assert 4.0 <= low < 6.0  # the ends are 4 and 100
     assert 98.0 < high <= 100.0
+
+
+def test_objectives_that_need_data_and_variables_with_a_graph_are_probed() -> None:
+    """Two lower solutions, so that ASBLO is reached; its full batch was started without the data."""
+    case = problems.bda()
+    problem = bl.BilevelProblem(
+        lambda x, y, data: data * case.problem.upper(x, y, None),
+        lambda x, y, data: data * case.problem.lower(x, y, None),
+    )
+    x, y = (v.clone().requires_grad_() for v in (case.x0 + 0.1, case.y0))
+    found = bl.recommend(problem, x, y, vector(2.0).squeeze())
+    assert isinstance(found.method, bl.ASBLO)
+    assert names(found) == ["Implicit", "Unrolled"]
+
+
+def test_constraints_with_data_are_for_the_full_batch_of_asblo() -> None:
+    problem = bl.BilevelProblem(
+        lambda x, y, data: ((y - data) ** 2).sum(),
+        lambda x, y, data: ((y - x) ** 2).sum(),
+        upper_constraint=lambda x, y, data: x - 1.0,
+    )
+    found = bl.recommend(problem, vector(0.2), vector(0.0), vector(0.7))
+    assert isinstance(found.method, bl.ASBLO)
+    assert names(found) == ["HypergradientDescent", "ASBLO on batches"]
+    with pytest.raises(ValueError, match="ASBLO on batches"):
+        next(bl.iterate(problem, found.method, vector(0.2), vector(0.0), [vector(0.7)]))
