@@ -216,9 +216,7 @@ def _run(
         )  # fmt: skip
     oracle = Oracle(problem)
     values = tuple(float(oracle.upper(x, y)) for x, y in points)
-    certificate = certify(
-        problem, state.x, state.y, pessimistic=bool(getattr(solver, "pessimistic", False))
-    )
+    certificate = certify(problem, state.x, state.y, pessimistic=solver.pessimistic)
     return Run(
         name=name,
         upper=values[-1],

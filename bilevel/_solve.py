@@ -255,8 +255,7 @@ def solve(
     seconds = time.perf_counter() - started
     certificate = None
     if batches is None and state.status not in _WITHOUT_ANSWER:
-        pessimistic = bool(getattr(solver, "pessimistic", False))
-        certificate = certify(problem, state.x, state.y, pessimistic=pessimistic)
+        certificate = certify(problem, state.x, state.y, pessimistic=solver.pessimistic)
         if state.status is Status.CONVERGED or certificate.deeper_basin > 0.0:
             state = _disagreement(state, certificate)
     return Solution(

@@ -78,6 +78,11 @@ class Estimator(ABC):
 
     constraints: ClassVar[tuple[str, ...]] = ()
 
+    @property
+    def pessimistic(self) -> bool:
+        """Whether y maximizes F over the lower solutions instead of minimizing it."""
+        return False
+
     @abstractmethod
     def estimate(
         self,

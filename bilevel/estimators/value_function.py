@@ -82,7 +82,7 @@ class ValueFunction(Estimator):
     sigma: float = 1e-2
     theta: float | None = None
     barrier: Barrier = field(default_factory=log_rational)
-    pessimistic: bool = False
+    pessimistic: bool = False  # pyright: ignore[reportIncompatibleMethodOverride]  # as frozen
     tol: float = 1e-10
     minimizer: Minimizer = field(default_factory=Newton)
     error_bound: bool = True
