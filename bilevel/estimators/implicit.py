@@ -74,7 +74,7 @@ class Implicit(Estimator):
     minimizer: Minimizer = field(default_factory=Newton)
     tol: float = 1e-13
     condition: FixedPoint | None = None
-    error_bound: bool = True
+    error_bound: bool = False
 
     def __post_init__(self) -> None:
         if self.linear is not None:

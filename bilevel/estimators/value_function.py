@@ -85,7 +85,7 @@ class ValueFunction(Estimator):
     pessimistic: bool = False  # pyright: ignore[reportIncompatibleMethodOverride]  # as frozen
     tol: float = 1e-10
     minimizer: Minimizer = field(default_factory=Newton)
-    error_bound: bool = True
+    error_bound: bool = False
 
     def __post_init__(self) -> None:
         for name in ("mu", "sigma", "tol"):

@@ -204,7 +204,6 @@ class ASBLO(Solver):
             barrier=self._barrier(lower),
             pessimistic=self.pessimistic,
             minimizer=self.minimizer,
-            error_bound=False,
         )
 
     def _check_schedules_fall(self) -> None:
