@@ -19,7 +19,7 @@ def test_strongly_convex_lower_problem_gets_the_implicit_hypergradient() -> None
     found = bl.recommend(case.problem, case.x0, case.y0)
     assert isinstance(found.method, bl.HypergradientDescent)
     assert isinstance(found.method.estimator, bl.Implicit)
-    assert any("lower curvature from 1 to 10" in reason for reason in found.reasons)
+    assert any("lower curvature is from 1 to 10" in reason for reason in found.reasons)
     solution = bl.solve(case.problem, found.method, case.x0, case.y0, max_steps=200)
     assert case.error(solution.x) < 1e-4
 
@@ -29,7 +29,7 @@ def test_many_lower_solutions_get_asblo(case: problems.ZooProblem) -> None:
     found = bl.recommend(case.problem, case.x0 + 0.1, case.y0)
     assert isinstance(found.method, bl.ASBLO)
     assert names(found) == ["Implicit", "Unrolled"]
-    assert "no smooth function" in str(found)
+    assert "not known to be a smooth function" in str(found)
 
 
 def test_lower_constraints_get_the_kkt_system() -> None:
@@ -90,6 +90,21 @@ def test_large_lower_problem_is_probed_by_lanczos() -> None:
     low, high = (float(word) for word in sentence.split() if word[0].isdigit())
     assert 4.0 <= low < 6.0  # the ends are 4 and 100
     assert 98.0 < high <= 100.0
+    assert "seems" in sentence
+    assert "the lower solution seems locally unique" in str(found)
+
+
+def test_large_lower_problem_with_constraints_is_not_probed_by_the_hessian_alone() -> None:
+    large = bl.BilevelProblem(
+        lambda x, y, data: ((y - 0.7) ** 2).sum(),
+        lambda x, y, data: ((y - x) ** 2).sum(),
+        lower_constraint=lambda x, y, data: y.sum() - 1e3,
+    )
+    found = bl.recommend(large, vector(0.2), torch.full((257,), 0.2).double())
+    assert isinstance(found.method, bl.ASBLO)
+    assert names(found) == ["ImplicitKKT", "Unrolled"]
+    assert "not probed" in str(found)
+    assert "Lanczos" not in str(found)
 
 
 def test_objectives_that_need_data_and_variables_with_a_graph_are_probed() -> None:
