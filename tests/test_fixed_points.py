@@ -225,6 +225,11 @@ def test_mistake_is_named(make: Any, error: type[Exception], message: str) -> No
     assert message in str(caught.value)
 
 
+def test_any_minimizer_beside_a_condition_is_refused_the_default_one_too() -> None:
+    with pytest.raises(ValueError, match="must be left out where a condition is given"):
+        bl.Implicit(minimizer=bl.optim.Newton(), condition=bl.FixedPoint(MAP))
+
+
 @pytest.mark.parametrize(("share", "status"), [(1.99, "CONVERGED"), (2.0, "MAX_STEPS")])
 def test_prox_gradient_contracts_below_two_over_the_curvature_and_not_at_it(
     share: float, status: str
