@@ -131,3 +131,13 @@ def test_constraints_with_data_are_for_the_full_batch_of_asblo() -> None:
     assert names(found) == ["HypergradientDescent", "ASBLO on batches"]
     with pytest.raises(ValueError, match="ASBLO on batches"):
         next(bl.iterate(problem, found.method, vector(0.2), vector(0.0), [vector(0.7)]))
+
+
+def test_memory_that_runs_out_is_no_missing_derivative(monkeypatch: pytest.MonkeyPatch) -> None:
+    def out(*_: object, **__: object) -> object:
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr("bilevel._recommend.Oracle.linearized", out)
+    case = problems.quadratic()
+    with pytest.raises(torch.OutOfMemoryError):
+        bl.recommend(case.problem, case.x0, case.y0)

@@ -192,6 +192,8 @@ class ValueFunction(Estimator):
         if self.error_bound and status is not Status.NONFINITE:
             try:
                 bound = error_bound(oracle, x, z.point.y, grad, hessian=lower.lower_hessian)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError:  # f was differentiated many times before, but never twice
                 bound = math.inf
             info["error_bound"] = bound
