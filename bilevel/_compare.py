@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
 import time
 import warnings
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from bilevel import _tree
 from bilevel._certify import certify
 from bilevel._errors import BilevelError, BilevelWarning, check_kind
+from bilevel._memory import live_memory
 from bilevel._oracle import Oracle
 from bilevel._problem import BilevelProblem
-from bilevel._solution import Evaluations, State, Status
+from bilevel._solution import Evaluations, Status
 from bilevel._solve import iterate
 from bilevel._types import Tree
 from bilevel.solvers import Solver
-
-_WEIGHED_STEPS = 2  # of a run of its own, in which memory is measured
 
 
 @dataclass(frozen=True)
@@ -134,8 +129,8 @@ def compare(
     """Run each solver on the full batch until it ends or its budget is spent, and certify what it reached.
 
     The budget is checked after each upper step, so that the last step may exceed it. A solver that refuses the
-    problem gets a row that says so. F(x, y) of a method that has not solved the lower problem may lie below the
-    optimum: look at the gap beside it.
+    problem, by an error in its first step or before, gets a row that says so; a later error goes out. F(x, y) of a
+    method that has not solved the lower problem may lie below the optimum: look at the gap beside it.
 
     Args:
         problem: The problem.
@@ -193,32 +188,30 @@ def _run(
 ) -> Run:
     costs: list[int] = []
     points: list[tuple[Tree, Tree]] = []
-    state: State | None = None
     started = time.perf_counter()
     try:
-        for state in iterate(problem, solver, x0, y0):
-            count = state.evaluations
-            costs.append(count.gradients + count.hvp)
-            points.append((state.x, state.y))
-            spent = time.perf_counter() - started
-            if (budget is not None and costs[-1] >= budget) or (
-                seconds is not None and spent >= seconds
-            ):
-                break
-        elapsed = time.perf_counter() - started
-        if state is None:
-            raise ValueError("the solver yielded no state")
-        memory = _memory(problem, solver, x0, y0)
+        states = iterate(problem, solver, x0, y0)
+        first = next(states)
     except (BilevelError, ValueError) as error:
         nothing = Evaluations()
         return Run(
             name, math.nan, math.nan, False, None, nothing, 0, 0.0, (), (), str(error)
         )  # fmt: skip
+    state = first
+    for state in itertools.chain([first], states):  # an error from here on is no refusal
+        count = state.evaluations
+        costs.append(count.gradients + count.hvp)
+        points.append((state.x, state.y))
+        spent = time.perf_counter() - started
+        if (budget is not None and costs[-1] >= budget) or (
+            seconds is not None and spent >= seconds
+        ):
+            break
+    elapsed = time.perf_counter() - started
+    memory = live_memory(problem, solver, x0, y0)
     oracle = Oracle(problem)
     values = tuple(float(oracle.upper(x, y)) for x, y in points)
-    certificate = certify(
-        problem, state.x, state.y, pessimistic=bool(getattr(solver, "pessimistic", False))
-    )
+    certificate = certify(problem, state.x, state.y, pessimistic=solver.pessimistic)
     return Run(
         name=name,
         upper=values[-1],
@@ -232,43 +225,6 @@ def _run(
         values=values,
         message=state.message,
     )
-
-
-class _LiveMemory(TorchDispatchMode):
-    """Measures, as a context, the bytes of the tensors that are made in it and live at a time.
-
-    Attributes:
-        peak: The largest number of them.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # pyright: ignore[reportUnknownMemberType]
-        self.peak, self._now = 0, 0
-        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in _tree.leaves(result):
-            if not isinstance(leaf, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
-                continue
-            storage = leaf.untyped_storage()
-            if storage not in self._seen:
-                self._seen.add(storage)
-                self._now += storage.nbytes()
-                weakref.finalize(storage, self._drop, storage.nbytes())
-                self.peak = max(self.peak, self._now)
-        return result
-
-    def _drop(self, size: int) -> None:
-        self._now -= size
-
-
-def _memory(problem: BilevelProblem, solver: Solver, x0: Tree, y0: Tree) -> int:
-    with _LiveMemory() as memory:
-        for state in iterate(problem, solver, x0, y0):
-            if state.step >= _WEIGHED_STEPS:
-                break
-    return memory.peak
 
 
 def _bytes(count: float) -> str:

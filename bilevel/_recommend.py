@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from bilevel import _tree
-from bilevel._errors import BilevelError
 from bilevel._oracle import Oracle
 from bilevel._problem import CONSTRAINTS, BilevelProblem, ravel
 from bilevel._solution import Status, table
@@ -98,7 +97,7 @@ def recommend(problem: BilevelProblem, x: Tree, y: Tree, data: Any = None) -> Re
         )
         refused += [("Implicit", reason), ("Unrolled", reason)]
     elif not probe.unique:
-        reason = f"y*(x) is no smooth function here: {probe.why}"
+        reason = f"y*(x) is not known to be a smooth function here: {probe.why}"
         refused += [("ImplicitKKT" if of_lower else "Implicit", reason), ("Unrolled", reason)]
     elif of_lower:
         refused += [(name, f"it would ignore {of_lower[0]}") for name in ("Implicit", "Unrolled")]
@@ -114,18 +113,16 @@ def recommend(problem: BilevelProblem, x: Tree, y: Tree, data: Any = None) -> Re
         )
         implicit = None
     if implicit is not None:
+        verb = "is" if probe.is_proven else "seems"
         reasons.append(
-            "the lower solution is locally unique, so the implicit hypergradient is exact"
+            f"the lower solution {verb} locally unique, and then the implicit hypergradient is exact"
         )
         return Recommendation(implicit, tuple(reasons), tuple(refused))
-    asblo = ASBLO()
-    try:
-        asblo.init(problem, x, y, None, full_batch=True)
-    except (BilevelError, ValueError) as error:
-        refused.append(("ASBLO", str(error)))
-        return Recommendation(None, tuple(reasons), tuple(refused))
+    if kinds and data is not None:
+        reason = f"it takes no {kinds[0]}; on the full batch, with the data inside the objectives, it does"
+        refused.append(("ASBLO on batches", reason))
     reasons.append("the value function needs first derivatives only, and no unique lower solution")
-    return Recommendation(asblo, tuple(reasons), tuple(refused))
+    return Recommendation(ASBLO(), tuple(reasons), tuple(refused))
 
 
 class _Probe:
@@ -134,7 +131,8 @@ class _Probe:
     Attributes:
         differentiable: Whether f can be differentiated twice.
         unique: Whether y*(x) seems to be a smooth function near x.
-        why: Why it is not.
+        why: Why it is not, or is not known to be.
+        is_proven: Whether the whole spectrum says so, and not its ends by Lanczos' method.
         failure: Why the lower problem has no solution, or empty.
         findings: The measurements, in sentences.
     """
@@ -142,6 +140,7 @@ class _Probe:
     def __init__(self, problem: BilevelProblem, x: Tensor, y: Tensor, data: Any) -> None:
         self._oracle, self._x = Oracle(problem, data), x
         self.differentiable, self.unique, self.why, self.failure = True, True, "", ""
+        self.is_proven = True
         self.findings: list[str] = []
         missing = self._second_order(y)
         if missing:
@@ -165,6 +164,8 @@ class _Probe:
             twice = self._oracle.linearized(self._x, y)
             product = twice.hvp(direction)
             twice.mixed_vjp(direction)
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, NotImplementedError) as error:
             return str(error).splitlines()[0]
         h = torch.finfo(y.dtype).eps ** (1.0 / 3.0) * max(1.0, float(y.abs().max()))
@@ -200,7 +201,12 @@ class _Probe:
 
     def _curvature(self, y: Tensor, data: Any, size: float) -> None:
         solver = LowerSolver(self._oracle, self._x, data, size)
-        if solver.constrained and y.numel() <= _DENSE:
+        if solver.constrained and y.numel() > _DENSE:
+            self.unique = False
+            self.why = f"its KKT matrix was not probed: {y.numel()} lower variables with constraints, above {_DENSE}"
+            self.findings.append(self.why)
+            return
+        if solver.constrained:
             point = solver.solve(y).point
             system = KKTSystem(solver.kkt, point)
             weak = int(solver.kkt.weakly_active(point, 1e-3).sum())
@@ -215,8 +221,14 @@ class _Probe:
                 )
             return
         low, high = self._extremes(y)
-        way = "by Lanczos' method" if y.numel() > _DENSE else "exactly"
-        self.findings.append(f"lower curvature from {low:.3g} to {high:.3g} ({way})")
+        self.is_proven = y.numel() <= _DENSE
+        verb = "is" if self.is_proven else "seems to be"
+        way = (
+            "exactly"
+            if self.is_proven
+            else "by Lanczos' method, whose ends lie inside the true ones"
+        )
+        self.findings.append(f"lower curvature {verb} from {low:.3g} to {high:.3g} ({way})")
         eps = max(_SINGULAR, 10.0 * torch.finfo(y.dtype).eps)
         if not low > eps * max(abs(high), abs(low)):
             self.unique = False

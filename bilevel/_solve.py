@@ -3,36 +3,27 @@
 from __future__ import annotations
 
 import itertools
-import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bilevel import _tree
 from bilevel._certify import certify
-from bilevel._errors import (
-    BilevelError,
-    BilevelWarning,
-    InfeasibleError,
-    NonFiniteError,
-    StructureError,
-    UnboundedError,
-    check_kind,
-)
+from bilevel._errors import BilevelWarning, StructureError, check_kind
 from bilevel._oracle import Oracle
 from bilevel._problem import Batch, BilevelProblem
-from bilevel._solution import Certificate, Evaluations, Solution, State, Status
+from bilevel._solution import Certificate, Solution, State, Status
+from bilevel._starts import best_of, starting_points
 from bilevel._types import Tree
 from bilevel.estimators import check_problem
 from bilevel.solvers import Solver
 
 _ONE_BATCH = (Batch, Tensor, str, Mapping)  # iterable, but over their own parts
-_RADII = (0.5, 1.0, 2.0, 4.0)  # of the perturbed starts, in units of each variable
 _WITHOUT_ANSWER = (
     Status.NONFINITE,
     Status.LOWER_UNBOUNDED,
@@ -181,7 +172,8 @@ def solve(
         y0: Where the lower variable starts; not modified.
         batches: The data of each step; see `iterate`.
         max_steps: Upper steps at most, >= 1.
-        callback: Called with each state, the last one too; a true answer stops the run.
+        callback: Called with each state, the last one too; a true answer stops the run, and no further start is
+            tried.
         throw: Raise the error of a failed run instead of returning its solution. Reaching
             `max_steps` is no failure.
         starts: Run from several starts and keep the best certified answer: the number of starts, x0 and y0 and
@@ -190,14 +182,15 @@ def solve(
 
     Returns:
         The solution, with a certificate where no batches were given. Of several starts, that of smallest F among
-        the answers whose certificates find nothing wrong, else among those that did not fail; its evaluations
-        and seconds are those of all starts.
+        the answers that did not fail and whose certificates find nothing wrong, else among those that did not fail;
+        its evaluations and seconds are those of all starts.
 
     Warns:
         BilevelWarning: The solver says CONVERGED and the certificate found something wrong, or it found a deeper
             basin of the lower problem than that of y.
 
     Raises:
+        TypeError: A parameter is of the wrong kind.
         ValueError: `max_steps` or `starts` is below 1, or there are `starts` and batches.
         BilevelError: The run failed and `throw` is true; the message says how, and at which step.
 
@@ -225,9 +218,9 @@ def solve(
         )
     _check_batches("solve", batches)
     if starts is not None:
-        return _best_of(
-            problem, solver, _starts(x0, y0, starts, batches), max_steps, callback, throw
-        )
+        run = partial(solve, problem, solver, max_steps=max_steps, throw=False)
+        pairs = starting_points(x0, y0, starts, batches)
+        return best_of(pairs, run, type(solver).__name__, callback, throw)
     data: list[Any] = [None]
     watched = None if batches is None else _watch(batches, data)
     started = time.perf_counter()
@@ -255,8 +248,7 @@ def solve(
     seconds = time.perf_counter() - started
     certificate = None
     if batches is None and state.status not in _WITHOUT_ANSWER:
-        pessimistic = bool(getattr(solver, "pessimistic", False))
-        certificate = certify(problem, state.x, state.y, pessimistic=pessimistic)
+        certificate = certify(problem, state.x, state.y, pessimistic=solver.pessimistic)
         if state.status is Status.CONVERGED or certificate.deeper_basin > 0.0:
             state = _disagreement(state, certificate)
     return Solution(
@@ -272,84 +264,6 @@ def solve(
         state=state,
         message=state.message,
     )
-
-
-def _starts(
-    x0: Tree, y0: Tree, starts: int | Iterable[tuple[Tree, Tree]], batches: object
-) -> list[tuple[Tree, Tree]]:
-    """The given start, and those after it."""
-    if batches is not None:
-        raise ValueError(
-            "`solve(starts=...)` needs the full batch, whose answers can be certified and compared. "
-            "Got batches. Leave out one of them."
-        )
-    if not isinstance(starts, int):
-        return [(x0, y0), *starts]
-    if starts < 1:
-        raise ValueError(
-            f"`solve(starts=...)` must be at least 1. Got starts={starts}. Raise it, or leave it out."
-        )
-    generator = torch.Generator().manual_seed(0)  # the same starts at every call
-    pairs = [(x0, y0)]
-    for number in range(1, starts):
-        radius = _RADII[(number - 1) % len(_RADII)]
-        pairs.append((_perturbed(x0, radius, generator), _perturbed(y0, radius, generator)))
-    return pairs
-
-
-def _perturbed(tree: Tree, radius: float, generator: torch.Generator) -> Tree:
-    """The tree with noise of `radius` times its root mean square, or times one if that is smaller."""
-    size = radius * max(1.0, _tree.length(tree) / _tree.size(tree) ** 0.5)
-
-    def moved(leaf: Tensor) -> Tensor:
-        noise = torch.randn(leaf.shape, generator=generator, dtype=torch.float64)
-        return leaf.detach() + size * noise.to(leaf)
-
-    return _tree.map_leaves(moved, tree)
-
-
-def _best_of(
-    problem: BilevelProblem,
-    solver: Solver,
-    pairs: list[tuple[Tree, Tree]],
-    max_steps: int,
-    callback: Callable[[State], object] | None,
-    throw: bool,
-) -> Solution:
-    """The best of the answers from all starts; the warnings of the others are not of interest."""
-    started = time.perf_counter()
-    found: list[Solution] = []
-    errors: list[BilevelError] = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", BilevelWarning)
-        for x0, y0 in pairs:
-            try:
-                run = solve(
-                    problem, solver, x0, y0, max_steps=max_steps, callback=callback, throw=False
-                )
-            except (NonFiniteError, InfeasibleError, UnboundedError) as error:
-                errors.append(error)
-                continue
-            found.append(run)
-    if not found:
-        raise errors[0]
-    best = min(found, key=_rank)  # the first of equals
-    evaluations = sum((run.evaluations for run in found), Evaluations())
-    trusted = sum(run.certificate is not None and run.certificate.is_trusted for run in found)
-    note = f"the best of {len(pairs)} starts, {trusted} of them certified"
-    message = "; ".join(filter(None, (best.message, note)))
-    if throw and best.status.is_failure:
-        raise best.status.error(f"{type(solver).__name__} failed from every start: {message}")
-    if best.status is Status.CONVERGED and best.certificate and not best.certificate.is_trusted:
-        warnings.warn(message, BilevelWarning, stacklevel=3)
-    seconds = time.perf_counter() - started
-    return replace(best, evaluations=evaluations, seconds=seconds, message=message)
-
-
-def _rank(run: Solution) -> tuple[bool, bool, bool, float]:
-    trusted = run.certificate is not None and run.certificate.is_trusted
-    value = run.upper if math.isfinite(run.upper) else math.inf
-    return not trusted, run.status.is_failure, run.certificate is None, value
 
 
 def _disagreement(state: State, certificate: Certificate) -> State:

@@ -133,6 +133,9 @@ def check_hypergradient(
     plateaus: list[int] = []
     kinks: list[float] = []
     here = _upper_value(flat, u, solved, data)
+    if not math.isfinite(here):
+        message = "no check: F(x, y*(x)) is not finite here"
+        return Report(math.nan, math.inf, (), (), (), estimate.status, message)
     for direction in _directions(u):
         derivative, noise, step, wide, kink = _plateau(flat, u, solved, direction, size, data, here)
         plateaus.append(wide)

@@ -36,8 +36,8 @@ class Reached(NamedTuple):
 class FixedPoint:
     r"""The condition $y = T(x, y)$ for `Implicit(condition=...)`, and how it is solved.
 
-    The iteration is $y \leftarrow T(x, y)$ with Anderson acceleration: it converges wherever the plain one does, as
-    a step that does not shrink $|T(y) - y|$ is replaced by the plain one.
+    The iteration is $y \leftarrow T(x, y)$ with Anderson acceleration. An accelerated step that does not shrink
+    $|T(y) - y|$ is replaced by a plain one: a safeguard, no proof that it converges wherever the plain one does.
 
     Attributes:
         map: T, called as `map(x, y, data)` with the lower level's data; returns a tree like y. Torch must be able to
@@ -150,7 +150,7 @@ def prox_gradient(smooth: Objective, prox: Callable[[Tree, Tree, float], Tree], 
     $$T(x, y) = \operatorname{prox}_{\alpha h(x, \cdot)}(y - \alpha \nabla_y g(x, y)).$$
 
     Its fixed points are the minimizers of f where f is convex in y, and it contracts where g is strongly convex
-    and $\alpha$ at most 2 over the largest eigenvalue of its Hessian.
+    and $\alpha$ below 2 over the largest eigenvalue of its Hessian; at 2 over it the iteration may oscillate.
 
     Args:
         smooth: g, called as `smooth(x, y, data)`; returns a scalar tensor.

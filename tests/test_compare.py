@@ -1,3 +1,4 @@
+import itertools
 import sys
 import types
 from pathlib import Path
@@ -62,6 +63,21 @@ def test_solver_that_refuses_the_problem_has_a_row() -> None:
     assert found.runs[0].status is None
     assert "lower_constraint" in found.runs[0].message
     assert "refused" in str(found)
+
+
+def test_error_in_mid_run_is_no_refusal() -> None:
+    """The objectives break after some steps: that is the user's to see, not the solver's refusal."""
+    calls = itertools.count()
+
+    def upper(x: torch.Tensor, y: torch.Tensor, data: object) -> torch.Tensor:
+        if next(calls) > 40:
+            raise ValueError("the file is gone")
+        return CASE.problem.upper(x, y, data)
+
+    broken = bl.BilevelProblem(upper, CASE.problem.lower)
+    with pytest.raises(ValueError, match="the file is gone"):
+        bl.compare(broken, {"unrolled": SOLVERS["unrolled"]}, *START, budget=10**5)
+    assert next(calls) > 40
 
 
 def test_seconds_are_kept_to_within_a_step() -> None:

@@ -98,3 +98,13 @@ def test_kink_of_an_active_constraint_leaves_no_verdict() -> None:
     report = bl.check_hypergradient(kinked, 0.0 * X[:1], Y[:1], bl.ImplicitKKT())
     assert not report.is_trusted
     assert "kink" in report.verdict
+
+
+def test_value_that_is_not_finite_at_the_point_itself_has_no_check() -> None:
+    holed = bl.BilevelProblem(
+        lambda x, y, data: PROBLEM.upper(x, y, data) + 0.0 / ((x - X) ** 2).sum(),
+        PROBLEM.lower,
+    )
+    report = bl.check_hypergradient(holed, X, Y, bl.Implicit())
+    assert not report.is_trusted
+    assert report.verdict == "no check: F(x, y*(x)) is not finite here"

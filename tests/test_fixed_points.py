@@ -223,3 +223,23 @@ def test_mistake_is_named(make: Any, error: type[Exception], message: str) -> No
     with pytest.raises(error) as caught:
         make()
     assert message in str(caught.value)
+
+
+def test_any_minimizer_beside_a_condition_is_refused_the_default_one_too() -> None:
+    with pytest.raises(ValueError, match="must be left out where a condition is given"):
+        bl.Implicit(minimizer=bl.optim.Newton(), condition=bl.FixedPoint(MAP))
+
+
+@pytest.mark.parametrize(("share", "status"), [(1.99, "CONVERGED"), (2.0, "MAX_STEPS")])
+def test_prox_gradient_contracts_below_two_over_the_curvature_and_not_at_it(
+    share: float, status: str
+) -> None:
+    curvature = torch.tensor([1.0, 4.0]).double()
+    step = prox_gradient(
+        lambda x, y, data: 0.5 * (curvature * (y - x) ** 2).sum(), lambda x, v, lr: v, share / 4.0
+    )
+    plain = bl.FixedPoint(step, window=0)
+    reached = plain.solve(
+        lambda y: step(torch.ones(2).double(), y, None), torch.zeros(2).double(), 1e-10
+    )
+    assert reached.status.name == status

@@ -1,11 +1,13 @@
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bilevel._errors import StructureError
 from bilevel.linear import CG, GMRES, MINRES, Dense, LinearSolver, Neumann, Nystrom
@@ -376,3 +378,31 @@ def test_nystrom_draws_the_same_numbers_and_leaves_the_global_ones() -> None:
     first = Nystrom(rank=4, rho=1.0).solve(lambda u: A @ u, b)
     assert torch.equal(first, Nystrom(rank=4, rho=1.0).solve(lambda u: A @ u, b))
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+class Waits(TorchDispatchMode):
+    """Counts the numbers that are fetched one by one, for each of which an accelerator would be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_gmres_waits_for_the_device_as_often_in_a_late_step_as_in_an_early_one() -> None:
+    n = 60
+    A, b = spd(n, 1e3), rhs(n)
+    product = Counted(A)
+    with Waits() as waits:
+        v = GMRES().solve(product, b)
+    assert error(v, torch.linalg.solve(A, b)) < 1e-8
+    assert product.calls > 40
+    assert waits.count <= 4 * product.calls  # 30 a step on average, if each entry were fetched
+
+
+def test_nystrom_has_no_seed_of_its_own() -> None:
+    with pytest.raises(TypeError, match="seed"):
+        Nystrom(seed=1)  # pyright: ignore[reportCallIssue]

@@ -19,7 +19,7 @@ def test_strongly_convex_lower_problem_gets_the_implicit_hypergradient() -> None
     found = bl.recommend(case.problem, case.x0, case.y0)
     assert isinstance(found.method, bl.HypergradientDescent)
     assert isinstance(found.method.estimator, bl.Implicit)
-    assert any("lower curvature from 1 to 10" in reason for reason in found.reasons)
+    assert any("lower curvature is from 1 to 10" in reason for reason in found.reasons)
     solution = bl.solve(case.problem, found.method, case.x0, case.y0, max_steps=200)
     assert case.error(solution.x) < 1e-4
 
@@ -29,7 +29,7 @@ def test_many_lower_solutions_get_asblo(case: problems.ZooProblem) -> None:
     found = bl.recommend(case.problem, case.x0 + 0.1, case.y0)
     assert isinstance(found.method, bl.ASBLO)
     assert names(found) == ["Implicit", "Unrolled"]
-    assert "no smooth function" in str(found)
+    assert "not known to be a smooth function" in str(found)
 
 
 def test_lower_constraints_get_the_kkt_system() -> None:
@@ -90,3 +90,54 @@ def test_large_lower_problem_is_probed_by_lanczos() -> None:
     low, high = (float(word) for word in sentence.split() if word[0].isdigit())
     assert 4.0 <= low < 6.0  # the ends are 4 and 100
     assert 98.0 < high <= 100.0
+    assert "seems" in sentence
+    assert "the lower solution seems locally unique" in str(found)
+
+
+def test_large_lower_problem_with_constraints_is_not_probed_by_the_hessian_alone() -> None:
+    large = bl.BilevelProblem(
+        lambda x, y, data: ((y - 0.7) ** 2).sum(),
+        lambda x, y, data: ((y - x) ** 2).sum(),
+        lower_constraint=lambda x, y, data: y.sum() - 1e3,
+    )
+    found = bl.recommend(large, vector(0.2), torch.full((257,), 0.2).double())
+    assert isinstance(found.method, bl.ASBLO)
+    assert names(found) == ["ImplicitKKT", "Unrolled"]
+    assert "not probed" in str(found)
+    assert "Lanczos" not in str(found)
+
+
+def test_objectives_that_need_data_and_variables_with_a_graph_are_probed() -> None:
+    """Two lower solutions, so that ASBLO is reached; its full batch was started without the data."""
+    case = problems.bda()
+    problem = bl.BilevelProblem(
+        lambda x, y, data: data * case.problem.upper(x, y, None),
+        lambda x, y, data: data * case.problem.lower(x, y, None),
+    )
+    x, y = (v.clone().requires_grad_() for v in (case.x0 + 0.1, case.y0))
+    found = bl.recommend(problem, x, y, vector(2.0).squeeze())
+    assert isinstance(found.method, bl.ASBLO)
+    assert names(found) == ["Implicit", "Unrolled"]
+
+
+def test_constraints_with_data_are_for_the_full_batch_of_asblo() -> None:
+    problem = bl.BilevelProblem(
+        lambda x, y, data: ((y - data) ** 2).sum(),
+        lambda x, y, data: ((y - x) ** 2).sum(),
+        upper_constraint=lambda x, y, data: x - 1.0,
+    )
+    found = bl.recommend(problem, vector(0.2), vector(0.0), vector(0.7))
+    assert isinstance(found.method, bl.ASBLO)
+    assert names(found) == ["HypergradientDescent", "ASBLO on batches"]
+    with pytest.raises(ValueError, match="ASBLO on batches"):
+        next(bl.iterate(problem, found.method, vector(0.2), vector(0.0), [vector(0.7)]))
+
+
+def test_memory_that_runs_out_is_no_missing_derivative(monkeypatch: pytest.MonkeyPatch) -> None:
+    def out(*_: object, **__: object) -> object:
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr("bilevel._recommend.Oracle.linearized", out)
+    case = problems.quadratic()
+    with pytest.raises(torch.OutOfMemoryError):
+        bl.recommend(case.problem, case.x0, case.y0)

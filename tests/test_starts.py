@@ -1,3 +1,6 @@
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -70,3 +73,71 @@ def test_number_of_starts_below_one_is_refused(starts: int) -> None:
 def test_starts_need_the_full_batch() -> None:
     with pytest.raises(ValueError, match="needs the full batch"):
         bl.solve(TOY.problem, IMPLICIT, START, -START, [None], max_steps=5, starts=2)
+
+
+def test_callback_that_answers_true_ends_all_starts() -> None:
+    seen: list[int] = []
+    found = bl.solve(
+        TOY.problem,
+        IMPLICIT,
+        START,
+        -START,
+        max_steps=50,
+        starts=5,
+        callback=lambda state: seen.append(state.step) or state.step == 2,
+    )
+    assert seen == [1, 2]
+    assert found.status is bl.Status.STOPPED
+    assert "the best of 1 starts" in found.message
+
+
+class Scripted(bl.Solver):
+    """Says it has stalled where x is below 1, converged elsewhere; runs into an error where x is above 5."""
+
+    def init(self, problem: Any, x0: Any, y0: Any, data: Any, *, full_batch: bool) -> bl.State:
+        return bl.State(x0, y0)
+
+    def step(self, problem: Any, state: bl.State, data: Any) -> bl.State:
+        x = float(state.x)
+        if x > 5.0 and state.step == 3:
+            raise bl.NonFiniteError("it broke")
+        going = x > 5.0 or state.step < 1
+        ended = bl.Status.STALLED if x < 1.0 else bl.Status.CONVERGED
+        return replace(
+            state,
+            step=state.step + 1,
+            status=bl.Status.RUNNING if going else ended,
+            evaluations=state.evaluations + bl.Evaluations(lower=10),
+        )
+
+
+PLAIN = bl.BilevelProblem(
+    lambda x, y, data: (y**2).sum() + (x**2).sum(), lambda x, y, data: ((y - x) ** 2).sum()
+)
+
+
+def at(x: float) -> tuple[Tensor, Tensor]:
+    return (torch.tensor([x]).double(), torch.tensor([x]).double())
+
+
+def test_start_that_stalled_wins_only_where_all_failed() -> None:
+    """At x = 0 the certificate finds nothing wrong, yet the run says it failed; at x = 2 it is wrong."""
+    with pytest.warns(bl.BilevelWarning, match="certificate disagrees"):
+        found = bl.solve(PLAIN, Scripted(), *at(0.0), max_steps=9, starts=[at(2.0)])
+    assert found.status is bl.Status.CONVERGED
+    with pytest.raises(bl.BilevelError, match="Scripted failed from every start"):
+        bl.solve(PLAIN, Scripted(), *at(0.0), max_steps=9, starts=[at(0.5)])
+
+
+def test_start_that_raised_has_its_evaluations_counted_up_to_there() -> None:
+    with pytest.warns(bl.BilevelWarning, match="the best of 2 starts"):
+        both = bl.solve(PLAIN, Scripted(), *at(2.0), max_steps=9, starts=[at(6.0)])
+    with pytest.warns(bl.BilevelWarning, match="certificate disagrees"):
+        one = bl.solve(PLAIN, Scripted(), *at(2.0), max_steps=9)
+    assert both.evaluations.lower - one.evaluations.lower == 31  # three steps, and the first check
+
+
+@pytest.mark.parametrize("starts", [2.5, object()])
+def test_starts_of_another_kind_are_refused(starts: object) -> None:
+    with pytest.raises(TypeError, match=r"solve\(starts=...\)` must be an instance of `int` or"):
+        bl.solve(TOY.problem, IMPLICIT, START, -START, max_steps=5, starts=starts)  # pyright: ignore[reportArgumentType]

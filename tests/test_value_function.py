@@ -174,3 +174,15 @@ def test_pbgd_gradient_at_its_optimum_vanishes_with_the_slack() -> None:
     ]
     assert sizes[2] < 0.2 * sizes[1] < 0.04 * sizes[0] * 1.5
     assert sizes[2] < 1e-2
+
+
+def test_memory_that_runs_out_in_the_bound_is_no_missing_derivative(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def out(*_: Any, **__: Any) -> float:
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr("bilevel.estimators.value_function.error_bound", out)
+    case = quadratic()
+    with pytest.raises(torch.OutOfMemoryError):
+        bl.ValueFunction(error_bound=True).estimate(case.problem, case.x0, case.y0)

@@ -78,6 +78,11 @@ class Estimator(ABC):
 
     constraints: ClassVar[tuple[str, ...]] = ()
 
+    @property
+    def pessimistic(self) -> bool:
+        """Whether y maximizes F over the lower solutions instead of minimizing it."""
+        return False
+
     @abstractmethod
     def estimate(
         self,
@@ -127,7 +132,9 @@ def hypergradient(
         data: A `Batch`, or what both objectives get as their third argument.
 
     Returns:
-        The estimate; `Estimate.status` says whether it is to be trusted.
+        The estimate; `Estimate.status` says whether it is to be trusted. How far `grad` is from the true hypergradient
+        is in `Estimate.info["error_bound"]`, where `Implicit(error_bound=True)` or `ValueFunction(error_bound=True)`
+        asks for it: it costs a linear solve more.
 
     Raises:
         StructureError: `x` or `y` is no tree of floating tensors.

@@ -15,7 +15,8 @@ from bilevel.linear import CG
 linalg: Any = torch.linalg  # its stubs are untyped
 _SAFETY = 2.0  # covers the terms of second order and the tolerance of the solves
 _RTOL = 1e-2  # of the solves; coarse, as what they solve for is itself the error
-_UNSOLVED = 0.1  # relative residual at which a solve is not believed
+_TIGHT = 1e-10  # of the solve for the whole of v, of whose error nothing else would know
+_UNSOLVED = 0.1  # relative residual at which a solve to _RTOL is not believed
 _NEGLIGIBLE = 1e3  # units of rounding of y below which y is not moved
 _ROUNDING = 64.0  # units of rounding that the terms of a hypergradient are worth
 
@@ -42,7 +43,8 @@ def error_bound(
         y: Where the lower solve stopped, shape (n,).
         grad: The hypergradient in question, shape (m,).
         gradient: That of f at y, if it is at hand.
-        hessian: That of f near y, if it is at hand; else conjugate gradients solve by products.
+        hessian: That of f somewhere near y, if it is at hand, as a preconditioner of the products with the Hessian;
+            without it conjugate gradients solve.
         v: An approximate solution of the linear system, if there is one.
 
     Returns:
@@ -57,22 +59,39 @@ def error_bound(
     is_at_rest = v is not None and moved <= _NEGLIGIBLE * eps * size
     at = at_y if is_at_rest else oracle.linearized(x, y - delta)
     _, upper_x, upper_y = oracle.upper_grad(x, y if is_at_rest else y - delta)
-    start = torch.zeros_like(y) if v is None else v
-    left = upper_y if v is None else upper_y - at.hvp(v)
-    better = upper_x - at.mixed_vjp(start + _solve(at, hessian, left))
+    if v is None:
+        v = _solve(at, hessian, upper_y, max(_TIGHT, _ROUNDING * eps))
+    else:
+        v = v + _solve(at, hessian, upper_y - at.hvp(v))
+    better = upper_x - at.mixed_vjp(v)
     terms = _tree.length(upper_x) + _tree.length(better - upper_x)
     neglected = moved / size if is_at_rest and size > 0.0 else 0.0
     bound = _SAFETY * _tree.length(grad - better) + _ROUNDING * max(eps, neglected) * terms
     return bound if math.isfinite(bound) else math.inf
 
 
-def _solve(gradient: CountedGradient, hessian: Tensor | None, b: Tensor) -> Tensor:
-    """H^-1 b to a few percent; infinite where that cannot be had."""
-    if _tree.length(b) == 0.0:
-        return torch.zeros_like(b)
+def _solve(
+    gradient: CountedGradient, hessian: Tensor | None, b: Tensor, rtol: float = _RTOL
+) -> Tensor:
+    """H^-1 b to `rtol`, H that of `gradient`; infinite where that cannot be had.
+
+    `hessian` may have been measured elsewhere: it only preconditions, and products with H measure what is left.
+    """
+    size = _tree.length(b)
+    solution, left = torch.zeros_like(b), b
+    if size == 0.0:
+        return solution
     if hessian is not None:
-        solution, info = linalg.solve_ex(hessian, b)
-        return solution if int(info) == 0 else torch.full_like(b, math.inf)
-    solution = CG(rtol=_RTOL).solve(gradient.hvp, b)
-    left = _tree.length(b - gradient.hvp(solution))
-    return solution if left <= _UNSOLVED * _tree.length(b) else torch.full_like(b, math.inf)
+        factors, pivots, info = linalg.lu_factor_ex(hessian)
+        if int(info) != 0:
+            return torch.full_like(b, math.inf)
+        before = math.inf
+        while rtol * size < _tree.length(left) <= 0.5 * before:
+            before = _tree.length(left)
+            solution = solution + linalg.lu_solve(factors, pivots, left[:, None])[:, 0]
+            left = b - gradient.hvp(solution)
+    if _tree.length(left) > rtol * size:
+        solution = CG(rtol=rtol).solve(gradient.hvp, b, solution)
+        left = b - gradient.hvp(solution)
+    solved = _tree.length(left) <= _UNSOLVED * rtol / _RTOL * size
+    return solution if solved else torch.full_like(b, math.inf)

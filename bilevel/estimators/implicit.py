@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ class Implicit(Estimator):
         linear: Solves for v: `CG()` by Hessian-vector products, `MINRES()` where the Hessian is indefinite,
             `Dense()` by the whole Hessian, `Nystrom()` with a low-rank preconditioner, `Neumann()` by a truncated
             series. None for `CG()`, and for `GMRES()` with a `condition`, whose matrix is not symmetric.
-        minimizer: Solves the lower problem where there is no `condition`.
+        minimizer: Solves the lower problem where there is no `condition`; None for `Newton()`.
         tol: Norm of the lower gradient, or of $T(x, y) - y$, to reach, relative to the one at the start, >= 0.
         condition: A `FixedPoint` $y = T(x, y)$ that holds at the lower solution, in place of
             $\nabla_y f(x, y) = 0$, for an f that is not smooth. The hypergradient then is
@@ -71,10 +71,10 @@ class Implicit(Estimator):
     """
 
     linear: LinearSolver | None = None
-    minimizer: Minimizer = field(default_factory=Newton)
+    minimizer: Minimizer | None = None
     tol: float = 1e-13
     condition: FixedPoint | None = None
-    error_bound: bool = True
+    error_bound: bool = False
 
     def __post_init__(self) -> None:
         if self.linear is not None:
@@ -84,12 +84,14 @@ class Implicit(Estimator):
         if self.condition is not None:
             mend = "Pass e.g. `FixedPoint(fixed_points.prox_gradient(...))`."
             check_kind("Implicit(condition=...)", self.condition, FixedPoint, mend)
-            if self.minimizer != Newton():
+            if self.minimizer is not None:
                 raise ValueError(
                     "`Implicit(minimizer=...)` must be left out where a condition is given, which has an iteration "
                     f"of its own. Got minimizer={self.minimizer}. Set `FixedPoint(max_steps=...)` instead."
                 )
-        check_kind("Implicit(minimizer=...)", self.minimizer, Minimizer, "Pass e.g. `Newton()`.")
+        if self.minimizer is not None:
+            mend = "Pass e.g. `Newton()`."
+            check_kind("Implicit(minimizer=...)", self.minimizer, Minimizer, mend)
         if not self.tol >= 0.0:
             raise ValueError(
                 f"`Implicit(tol=...)` must be >= 0. Got tol={self.tol}. Use e.g. 1e-10."
@@ -116,7 +118,8 @@ class Implicit(Estimator):
         lower = RegularizedLower(oracle, x, 0.0, warm.get("lower_hessian"))
         start = lower.evaluate(y)
         scale = max(_tree.length(start.grad), float(warm.get("scale", 0.0)))
-        solved = self.minimizer.minimize(lower, start, self.tol * scale)
+        minimizer = self.minimizer or Newton()
+        solved = minimizer.minimize(lower, start, self.tol * scale)
         if solved.status in (Status.NONFINITE, Status.LOWER_UNBOUNDED):
             return failed(oracle, x, y, solved.status)
         y = solved.point.y

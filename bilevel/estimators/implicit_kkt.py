@@ -40,11 +40,11 @@ class ImplicitKKT(Estimator):
     LOWER_UNSOLVED where the KKT residual is too large; INFEASIBLE where no y was found. `info` has the numbers.
 
     Attributes:
-        weak: Distance of a constraint and of its multiplier from zero, both relative, at which it counts as
+        atol: Distance of a constraint and of its multiplier from zero, both relative, at which it counts as
             weakly active, >= 0.
 
     Raises:
-        ValueError: `weak` is negative.
+        ValueError: `atol` is negative.
 
     Example:
         >>> import torch, bilevel as bl
@@ -66,12 +66,12 @@ class ImplicitKKT(Estimator):
     """
 
     constraints: ClassVar[tuple[str, ...]] = CONSTRAINTS
-    weak: float = 1e-6
+    atol: float = 1e-6
 
     def __post_init__(self) -> None:
-        if not self.weak >= 0.0:
+        if not self.atol >= 0.0:
             raise ValueError(
-                f"`ImplicitKKT(weak=...)` must be >= 0. Got weak={self.weak}. Use e.g. 1e-6."
+                f"`ImplicitKKT(atol=...)` must be >= 0. Got atol={self.atol}. Use e.g. 1e-6."
             )
 
     def estimate(
@@ -96,7 +96,7 @@ class ImplicitKKT(Estimator):
             return failed(oracle, x, y, Status.NONFINITE)
         p, q, residual = system.solve(upper_y)
         grad = upper_x - system.pull_back(p, q)
-        weak = int(lower.weakly_active(solved, self.weak).sum())
+        weak = int(lower.weakly_active(solved, self.atol).sum())
         status = Status.CONVERGED
         if not (math.isfinite(float(upper)) and _tree.is_finite(grad)):
             status = Status.NONFINITE

@@ -82,10 +82,10 @@ class ValueFunction(Estimator):
     sigma: float = 1e-2
     theta: float | None = None
     barrier: Barrier = field(default_factory=log_rational)
-    pessimistic: bool = False
+    pessimistic: bool = False  # pyright: ignore[reportIncompatibleMethodOverride]  # as frozen
     tol: float = 1e-10
     minimizer: Minimizer = field(default_factory=Newton)
-    error_bound: bool = True
+    error_bound: bool = False
 
     def __post_init__(self) -> None:
         for name in ("mu", "sigma", "tol"):
@@ -192,6 +192,8 @@ class ValueFunction(Estimator):
         if self.error_bound and status is not Status.NONFINITE:
             try:
                 bound = error_bound(oracle, x, z.point.y, grad, hessian=lower.lower_hessian)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError:  # f was differentiated many times before, but never twice
                 bound = math.inf
             info["error_bound"] = bound

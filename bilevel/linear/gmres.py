@@ -107,7 +107,8 @@ def _cycle(
         length = float(norm(w))
         if not math.isfinite(length):
             break
-        column = [float(entry) for entry in h]
+        entries: Any = h  # `tolist` is untyped
+        column: list[float] = entries.tolist()  # one wait for the device, not one an entry
         for j, (c, s) in enumerate(rotations):
             column[j], column[j + 1] = (
                 c * column[j] + s * column[j + 1],

@@ -13,6 +13,11 @@ from bilevel._types import Tree
 class Solver(ABC):
     """A frozen set of numbers and parts; all that changes is in the `State`."""
 
+    @property
+    def pessimistic(self) -> bool:
+        """Whether y is to maximize F over the lower solutions; the answer is certified as what was solved."""
+        return False
+
     @abstractmethod
     def init(
         self, problem: BilevelProblem, x0: Tree, y0: Tree, data: Any, *, full_batch: bool

@@ -114,7 +114,7 @@ class ASBLO(Solver):
     sigma: Schedule | None = None
     epsilon: Schedule | None = None
     kappa: float = 1.0
-    pessimistic: bool = False
+    pessimistic: bool = False  # pyright: ignore[reportIncompatibleMethodOverride]  # as frozen
     rtol: float = 1e-5
     minimizer: Minimizer = field(default_factory=Newton)
     optimizer: QuasiNewton = field(default_factory=QuasiNewton)
@@ -204,7 +204,6 @@ class ASBLO(Solver):
             barrier=self._barrier(lower),
             pessimistic=self.pessimistic,
             minimizer=self.minimizer,
-            error_bound=False,
         )
 
     def _check_schedules_fall(self) -> None:

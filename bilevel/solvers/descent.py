@@ -66,6 +66,11 @@ class HypergradientDescent(Solver):
                 f"`HypergradientDescent(rtol=...)` must be a finite number > 0. Got rtol={self.rtol}. Use e.g. 1e-7."
             )
 
+    @property
+    def pessimistic(self) -> bool:
+        """That of the estimator."""
+        return self.estimator.pessimistic
+
     def init(
         self, problem: BilevelProblem, x0: Tree, y0: Tree, data: Any, *, full_batch: bool
     ) -> State:
