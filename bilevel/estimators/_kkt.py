@@ -391,7 +391,8 @@ class KKTSystem:
 
     def pull_back(self, p: Tensor, q: Tensor) -> Tensor:
         """The derivative in x of the KKT equations, transposed, times (p, q), shape (m,)."""
-        return self.linear.mixed_vjp(p) + self.rows_x.T @ q
+        mixed = self.linear.mixed_vjp(p)
+        return mixed + (self.rows_x.T @ q).to(mixed)
 
     def newton(self, inequality: Linearized, equality: Linearized) -> NewtonStep:
         """One step on the KKT equations, the inactive multipliers set to zero."""

@@ -98,8 +98,8 @@ class _Program:
         return torch.cat(list(vectors)).double().cpu().numpy()
 
     def split(self, w: Any) -> list[Tensor]:
-        whole = torch.as_tensor(w).to(self._like[0])
-        return list(torch.split(whole, [part.numel() for part in self._like]))
+        parts = torch.split(torch.as_tensor(w), [part.numel() for part in self._like])
+        return [part.to(like) for part, like in zip(parts, self._like, strict=True)]
 
     def _at(self, w: Any) -> None:
         if w.tobytes() != self._key:
