@@ -158,3 +158,24 @@ def test_x_and_y_of_different_dtypes_are_solved(dtypes: tuple[torch.dtype, ...])
         assert found.certificate.problems == ()
         assert (found.x.dtype, found.y.dtype) == dtypes
         assert float(found.x) == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.gpu
+def test_certificate_on_an_accelerator_is_that_of_the_cpu() -> None:
+    device = torch.accelerator.current_accelerator()
+    for one in (
+        problem(),
+        problem(domain=bl.Box(0.0, 0.5), upper_constraint=lambda x, y, data: x - y),
+        problem(lambda x, y, data: ((y - 2.0 * x) ** 4).sum()),  # its Hessian is singular
+        problem(
+            lambda x, y, data: ((y - 4.0 * x) ** 2).sum(),
+            lower_constraint=lambda x, y, data: y - 2.0 * x,
+        ),
+    ):
+        for shift in (0.0, 1.0):
+            here, there = (
+                bl.certify(one, (X + shift).to(where), (Y + shift).to(where))
+                for where in ("cpu", device)
+            )
+            assert here.is_trusted == there.is_trusted
+            assert here.value_gap == pytest.approx(there.value_gap, abs=1e-9)

@@ -86,7 +86,7 @@ class LowerSolver:
 
 def free_point(y: Tensor, value: float) -> KKTPoint:
     """A point of a lower problem without constraints."""
-    none, no = y.new_zeros(0), torch.zeros(0, dtype=torch.bool)
+    none, no = y.new_zeros(0), y.new_zeros(0, dtype=torch.bool)
     return KKTPoint(y, value, none, none, no, no, 0.0, 0.0, Status.CONVERGED)
 
 

@@ -32,6 +32,7 @@ from bilevel.estimators._kkt import (
     fit_multipliers,
     linearize,
 )
+from bilevel.estimators._numpy import to_numpy
 from bilevel.estimators._search import Local, LowerSolver
 from bilevel.linear import CG
 
@@ -144,8 +145,10 @@ class UpperLevel:
         if isinstance(domain, Box):
             bounds = domain.bounds(x)
             low, high = x - bounds[0] <= reach, bounds[1] - x <= reach
-        identity = torch.eye(x.numel(), dtype=x.dtype) if bool((low | high).any()) else None
-        walls = [] if identity is None else [-identity[low], identity[high]]
+        walls: list[Tensor] = []
+        if bool((low | high).any()):
+            identity = torch.eye(x.numel(), dtype=x.dtype, device=x.device)
+            walls = [-identity[low], identity[high]]
         residual, weights, nu = pulled, held.new_zeros(held.shape[0]), equal.new_zeros(0)
         if bool(near.any()) or walls or equal.shape[0]:
             rows = torch.cat([held[near], *walls])
@@ -402,11 +405,11 @@ class _LinearProgram:
         rows_ub, right_ub = _scaled(inequalities, limits)
         size = float(self._cost.abs().max()) or 1.0
         result = optimize.linprog(
-            (self._cost / size).double().numpy(),
-            A_ub=rows_ub.double().numpy() if rows_ub.shape[0] else None,
-            b_ub=right_ub.double().numpy() if rows_ub.shape[0] else None,
-            A_eq=rows.double().numpy() if rows.shape[0] else None,
-            b_eq=right.double().numpy() if rows.shape[0] else None,
+            to_numpy(self._cost / size),
+            A_ub=to_numpy(rows_ub) if rows_ub.shape[0] else None,
+            b_ub=to_numpy(right_ub) if rows_ub.shape[0] else None,
+            A_eq=to_numpy(rows) if rows.shape[0] else None,
+            b_eq=to_numpy(right) if rows.shape[0] else None,
             bounds=bounds,
             method="highs",
         )
