@@ -115,9 +115,12 @@ class LinearizedMap:
         return _grad_of_vector(self._output, self._tracked[number], cotangent)
 
     def jacobian(self) -> list[Tensor]:
-        """The derivative in each of the vectors, shapes (k, n): k products, in one batch where torch can."""
+        """The derivative in each of the vectors, shapes (k, n): k products, in one batch where torch can.
+
+        All have the dtype of the value, whatever that of the vector, so that they can be joined.
+        """
         count = self._output.numel()
-        blocks = [v.new_zeros((count, v.numel())) for v in self._tracked]
+        blocks = [self.value.new_zeros((count, v.numel())) for v in self._tracked]
         used = [i for i, v in enumerate(self._tracked) if v.numel()]
         if not self._output.requires_grad or count == 0:
             return blocks
@@ -131,7 +134,7 @@ class LinearizedMap:
             columns = [torch.stack(column) for column in zip(*rows, strict=True)]
         for i, column in zip(used, columns, strict=True):
             if column.dim() == 2:  # where fun ignores a vector, torch answers with one row for all
-                blocks[i] = column
+                blocks[i] = column.to(self.value)
         return blocks
 
 
@@ -196,7 +199,8 @@ class LinearizedGradient:
             rows = torch.stack([self.hvp(row) for row in identity])
         if rows.dim() < 2:  # a constant gradient: torch answers with one row of zeros for all
             return torch.zeros_like(identity)
-        return 0.5 * (rows + rows.mT)
+        # torch leaves a batch of products in the dtype of the output, where y has another
+        return 0.5 * (rows + rows.mT).to(identity)
 
 
 def gradient_of(fun: Function, x: Tree, y: Tree, data: Any) -> Tree:

@@ -203,7 +203,7 @@ def _lower_problems(
     at_a_kink = found.nearest.status is Status.STALLED and gap <= tolerance
     if found.nearest.status is not Status.CONVERGED and not at_a_kink:
         return [f"no lower solution was found from y: {found.nearest.status.value}"]
-    if deeper > 0.0:
+    if deeper > found.same:
         return [
             f"y solves the lower problem locally at best: from another start f falls lower by {deeper:.3g}. "
             "Start at another y0, or convexify f"
@@ -219,11 +219,10 @@ def _better_solution(oracle: Oracle, x: Tensor, found: Search, sign: float) -> l
     """Whether another lower solution among those found is better for F."""
     eps = torch.finfo(x.dtype).eps
     here = sign * float(oracle.upper(x, found.nearest.y))
-    equal = max(1e-8, 10.0 * eps) * found.height + 64.0 * eps * abs(found.nearest.value)
     gains = [
         here - sign * float(oracle.upper(x, other.y))
         for other in found.minima[1:]
-        if other.value <= found.nearest.value + equal
+        if other.value <= found.nearest.value + found.same
     ]
     gain = max([g for g in gains if math.isfinite(g)], default=0.0)
     if gain <= _OTHER * found.upper_size + 64.0 * eps * abs(here):

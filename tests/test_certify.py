@@ -108,3 +108,74 @@ def test_a_kink_of_f_is_no_fault_of_y_and_is_told() -> None:
     assert right.is_trusted
     assert any("at a kink" in assumption for assumption in right.assumptions)
     assert not bl.certify(kinked, X, Y).is_trusted
+
+
+MIXED = pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)]
+)
+
+
+@MIXED
+def test_x_and_y_of_different_dtypes_are_certified(dtypes: tuple[torch.dtype, ...]) -> None:
+    x, y = X.to(dtypes[0]), Y.to(dtypes[1])
+    for mixed in (
+        problem(),
+        problem(lambda x, y, data: ((y - 2.0 * x) ** 4).sum()),  # its Hessian is singular
+        problem(
+            domain=bl.Box(0.0, 0.5),
+            upper_constraint=lambda x, y, data: x - y,
+            upper_equality=lambda x, y, data: y - 2.0 * x,
+        ),
+        problem(
+            lambda x, y, data: ((y - 4.0 * x) ** 2).sum(),
+            lower_constraint=lambda x, y, data: y - 2.0 * x,
+        ),
+        problem(  # weakly active
+            lower_constraint=lambda x, y, data: y - 2.0 * x,
+        ),
+    ):
+        assert bl.certify(mixed, x, y).problems == ()
+        assert bl.certify(mixed, x + 1.0, y + 3.0).problems != ()
+
+
+@MIXED
+def test_x_and_y_of_different_dtypes_are_solved(dtypes: tuple[torch.dtype, ...]) -> None:
+    x, y = (X + 0.3).to(dtypes[0]), (Y - 0.4).to(dtypes[1])
+    held = problem(
+        lambda x, y, data: ((y - 4.0 * x) ** 2).sum(),
+        lower_constraint=lambda x, y, data: y - 2.0 * x,
+    )
+    runs = [
+        (problem(), bl.HypergradientDescent(bl.Implicit())),
+        (held, bl.HypergradientDescent(bl.ImplicitKKT())),
+    ]
+    if dtypes[1] is torch.float64:
+        runs.append((problem(), bl.ASBLO()))
+    for mixed, solver in runs:
+        found = bl.solve(mixed, solver, x, y, max_steps=300, throw=False)
+        assert found.status is bl.Status.CONVERGED
+        assert found.certificate is not None
+        assert found.certificate.problems == ()
+        assert (found.x.dtype, found.y.dtype) == dtypes
+        assert float(found.x) == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.gpu
+def test_certificate_on_an_accelerator_is_that_of_the_cpu() -> None:
+    device = torch.accelerator.current_accelerator()
+    for one in (
+        problem(),
+        problem(domain=bl.Box(0.0, 0.5), upper_constraint=lambda x, y, data: x - y),
+        problem(lambda x, y, data: ((y - 2.0 * x) ** 4).sum()),  # its Hessian is singular
+        problem(
+            lambda x, y, data: ((y - 4.0 * x) ** 2).sum(),
+            lower_constraint=lambda x, y, data: y - 2.0 * x,
+        ),
+    ):
+        for shift in (0.0, 1.0):
+            here, there = (
+                bl.certify(one, (X + shift).to(where), (Y + shift).to(where))
+                for where in ("cpu", device)
+            )
+            assert here.is_trusted == there.is_trusted
+            assert here.value_gap == pytest.approx(there.value_gap, abs=1e-9)

@@ -167,3 +167,14 @@ def test_upper_constraints_are_refused_by_the_descent_alone() -> None:
 def test_negative_tolerance_is_refused() -> None:
     with pytest.raises(ValueError, match=r"ImplicitKKT\(atol=...\)` must be >= 0"):
         bl.ImplicitKKT(atol=-1.0)
+
+
+@pytest.mark.parametrize("x_first", [True, False])
+def test_x_and_y_of_different_dtypes(x_first: bool) -> None:
+    x, y = vector(0.8, 0.9), vector(0.1, 0.1)
+    expected = bl.hypergradient(curved(), x, y, KKT)
+    x, y = (x.float(), y) if x_first else (x, y.float())
+    found = bl.hypergradient(curved(), x, y, KKT)
+    assert found.status is bl.Status.CONVERGED
+    assert (found.grad.dtype, found.y.dtype) == (x.dtype, y.dtype)
+    torch.testing.assert_close(found.grad.double(), expected.grad, rtol=1e-5, atol=1e-6)

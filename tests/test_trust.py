@@ -4,6 +4,8 @@ import itertools
 import math
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -249,3 +251,41 @@ def test_solve_says_where_status_and_certificate_disagree() -> None:
     assert found.status is bl.Status.CONVERGED
     assert "the certificate disagrees" in found.message
     assert "the certificate disagrees" in str(found)
+
+
+def plus(problem: bl.BilevelProblem, constant: float) -> bl.BilevelProblem:
+    return replace(problem, lower=lambda x, y, data: problem.lower(x, y, data) + constant)
+
+
+@pytest.mark.parametrize("constant", [-1e7, 1e3, 1e7])
+def test_verdict_is_invariant_to_a_constant_added_to_f(constant: float) -> None:
+    raised = plus(tilted(0.02), constant)  # the left well is 0.04 deeper
+    shallow = bl.certify(raised, vector(0.0), well(0.02, 1.0))
+    assert any("from another start f falls lower" in sentence for sentence in shallow.problems)
+    assert shallow.deeper_basin == pytest.approx(0.04, rel=1e-3)
+    # the right well is the one that F wants, but no lower solution
+    assert bl.certify(raised, vector(0.0), well(0.02, -1.0)).problems == ()
+    wall: Any = {"lower_constraint": lambda x, y, data: -0.5 - y}
+    walls = replace(raised, **wall)  # cut off at -0.5, so that the right well is the lower solution
+    assert bl.certify(walls, vector(0.0), well(0.02, 1.0)).problems == ()
+    assert not bl.certify(walls, vector(0.0), vector(-0.5)).is_trusted
+    constrained = plus(simplex(), constant)
+    assert bl.certify(constrained, *SIMPLEX_ANSWER).problems == ()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_constrained_lower_minimum_of_zero_is_trusted(dtype: torch.dtype) -> None:
+    """Other starts end at values of f that differ by rounding alone."""
+    generator = torch.Generator().manual_seed(3)
+    for n in (2, 5, 12):
+        root = torch.randn(n, n, generator=generator, dtype=dtype)
+        target = torch.rand(n, generator=generator, dtype=dtype) + 0.1
+        A = root @ root.T + torch.eye(n, dtype=dtype)
+        b, c = A @ target, 0.5 * target @ A @ target
+        inside = bl.BilevelProblem(  # f is (y - t - x) A (y - t - x) / 2, multiplied out
+            lambda x, y, data, t=target: ((y - t) ** 2).sum() + (x**2).sum(),
+            lambda x, y, data, A=A, b=b, c=c: 0.5 * (y - x) @ A @ (y - x) - b @ (y - x) + c,
+            lower_constraint=lambda x, y, data: torch.cat([-y, y - 3.0]),
+        )
+        found = bl.certify(inside, torch.zeros(1, dtype=dtype), target)
+        assert found.problems == ()

@@ -15,7 +15,9 @@ from bilevel.estimators._gap import RegularizedLower
 from bilevel.optim import Minimizer
 
 STARTS = 8  # solves of the lower problem, the first from the point itself
-_RESOLUTION = 1e-8  # of f at the starts: minima nearer to each other than this count as one
+_RESOLUTION = (
+    1e-8  # of the heights of the starts above the nearest minimum: nearer ones count as one
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ def explore(oracle: Oracle, x: Tensor, y: Tensor, minimizer: Minimizer, seed: in
     generator = torch.Generator().manual_seed(seed)  # the same starts at every call
     size = max(1.0, _tree.length(y) / math.sqrt(y.numel()))
     hessian: Tensor | None = None
+    eps = torch.finfo(y.dtype).eps
     nearest, nearest_y, lowest, lowest_y, height = math.inf, y, math.inf, y, 0.0
     for number in range(STARTS):
         noise = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
@@ -62,7 +65,7 @@ def explore(oracle: Oracle, x: Tensor, y: Tensor, minimizer: Minimizer, seed: in
                 return Basins(nearest, y, lowest, y, found.status)
             nearest, nearest_y = found.point.value, found.point.y
         hessian = lower.lower_hessian
-        height = max(height, abs(start.value))
-        if found.point.value < lowest - _RESOLUTION * height:
+        height = max(height, abs(start.value - nearest))
+        if found.point.value < lowest - _RESOLUTION * height - 64.0 * eps * abs(nearest):
             lowest, lowest_y = found.point.value, found.point.y
     return Basins(nearest, nearest_y, lowest, lowest_y, Status.CONVERGED)

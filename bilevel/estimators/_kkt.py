@@ -25,6 +25,7 @@ from bilevel._errors import ObjectiveError
 from bilevel._oracle import CountedGradient, Oracle
 from bilevel._problem import BilevelProblem, split_data
 from bilevel._solution import Status
+from bilevel.estimators._numpy import to_numpy
 
 linalg: Any = torch.linalg  # its stubs are untyped
 SINGULAR = 1e-10  # smallest over largest eigenvalue of what still counts as invertible
@@ -182,11 +183,11 @@ class ConstrainedLower:
             point = torch.as_tensor(vector).to(y)
             value, grad = self._oracle.lower_grad_y(self._x, point)
             if not (math.isfinite(float(value)) and _tree.is_finite(grad)):
-                return 1e300, grad.nan_to_num(0.0).double().numpy()
+                return 1e300, to_numpy(grad.nan_to_num(0.0))
             last = point
             if _tree.length(point) > far:
                 raise _FarAwayError
-            return (float(value) - offset) / scale, (grad / scale).double().numpy()
+            return (float(value) - offset) / scale, to_numpy(grad / scale)
 
         conditions = self._scipy_constraints(optimize, method, y)
         options = {"maxiter": 300} | ({"ftol": 1e-14} if method == "SLSQP" else {"gtol": 1e-10})
@@ -196,7 +197,7 @@ class ConstrainedLower:
                 warnings.simplefilter("ignore", UserWarning)
                 result = optimize.minimize(
                     objective,
-                    y.double().numpy(),
+                    to_numpy(y),
                     jac=True,
                     method=method,
                     constraints=conditions,
@@ -224,7 +225,7 @@ class ConstrainedLower:
     def _at(self, fun: Any, reach: Tensor, like: Tensor, vector: Any) -> tuple[Any, Any]:
         here = linearize(fun, self._x, torch.as_tensor(vector).to(like), self._data)
         value, in_y = here.value / reach, here.in_y / reach[:, None]
-        return value.double().numpy(), in_y.double().numpy()
+        return to_numpy(value), to_numpy(in_y)
 
     def _polish(self, y: Tensor) -> KKTPoint:
         """Newton's method on the KKT equations; the active set follows the signs of lambda + c h."""
@@ -391,7 +392,8 @@ class KKTSystem:
 
     def pull_back(self, p: Tensor, q: Tensor) -> Tensor:
         """The derivative in x of the KKT equations, transposed, times (p, q), shape (m,)."""
-        return self.linear.mixed_vjp(p) + self.rows_x.T @ q
+        mixed = self.linear.mixed_vjp(p)
+        return mixed + (self.rows_x.T @ q).to(mixed)
 
     def newton(self, inequality: Linearized, equality: Linearized) -> NewtonStep:
         """One step on the KKT equations, the inactive multipliers set to zero."""
@@ -427,9 +429,9 @@ def fit_multipliers(grad: Tensor, rows: Tensor, equality_rows: Tensor) -> tuple[
     weights = 1.0 / torch.where(norms > 0.0, norms, torch.ones_like(norms))
     if both.shape[0] == 0 or not (_tree.is_finite(both) and _tree.is_finite(grad)):
         return rows.new_zeros(rows.shape[0]), rows.new_zeros(equality_rows.shape[0])
-    columns = (both * weights[:, None]).T.double().numpy()
+    columns = to_numpy((both * weights[:, None]).T)
     size = _tree.length(grad) or 1.0
-    found = optimize.nnls(columns, (-grad / size).double().numpy(), maxiter=30 * both.shape[0])[0]
+    found = optimize.nnls(columns, to_numpy(-grad / size), maxiter=30 * both.shape[0])[0]
     found = torch.as_tensor(found).to(grad) * weights * size
     k, count = rows.shape[0], equality_rows.shape[0]
     return found[:k], found[k : k + count] - found[k + count :]
@@ -465,7 +467,7 @@ def _largest(values: Tensor) -> float:
 
 
 def _without_answer(y: Tensor, status: Status) -> KKTPoint:
-    none, no = y.new_zeros(0), torch.zeros(0, dtype=torch.bool)
+    none, no = y.new_zeros(0), y.new_zeros(0, dtype=torch.bool)
     value = -math.inf if status is Status.LOWER_UNBOUNDED else math.nan
     return KKTPoint(y, value, none, none, no, no, math.inf, math.inf, status)
 

@@ -28,7 +28,7 @@ _PATH = (
 )  # weights of f against F on the way from the minimum of F to one of f
 _FAR = 100.0  # growth of y at which the path from there is given up
 _TO_UPPER = 8  # Newton steps for each
-_SAME = 1e-8  # of the heights of the starts: minima nearer to each other count as one
+_SAME = 1e-8  # of the change of f within one unit of y: minima nearer to each other count as one
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class LowerSolver:
 
 def free_point(y: Tensor, value: float) -> KKTPoint:
     """A point of a lower problem without constraints."""
-    none, no = y.new_zeros(0), torch.zeros(0, dtype=torch.bool)
+    none, no = y.new_zeros(0), y.new_zeros(0, dtype=torch.bool)
     return KKTPoint(y, value, none, none, no, no, 0.0, 0.0, Status.CONVERGED)
 
 
@@ -101,6 +101,7 @@ class Search:
         starts: Number of starts.
         height: Largest |f| at a start.
         lower_size: How much f rises within one unit of y from its minimum.
+        same: Values of f nearer to each other than this count as equal.
         upper_size: How much F changes within one unit of y.
     """
 
@@ -110,6 +111,7 @@ class Search:
     starts: int
     height: float
     lower_size: float
+    same: float
     upper_size: float
 
 
@@ -127,10 +129,13 @@ def search(oracle: Oracle, x: Tensor, y: Tensor, data: Any, size: float, sign: f
     solver = LowerSolver(oracle, x, data, size)
     nearest = solver.solve(y)
     if nearest.status in (Status.NONFINITE, Status.LOWER_UNBOUNDED):
-        return Search(nearest, nearest, (nearest,), 1, 0.0, 0.0, 0.0)
+        return Search(nearest, nearest, (nearest,), 1, 0.0, 0.0, 0.0, 0.0)
     starts = _around(y, size)
     units = starts[:3]  # the radii up to one unit
-    rises = [abs(float(oracle.lower(x, v)) - nearest.value) for v in units]
+    lower_size = _range([abs(float(oracle.lower(x, v)) - nearest.value) for v in units])
+    # relative to what f changes by, not to f: a constant added to it is no matter but for its rounding
+    eps = torch.finfo(y.dtype).eps
+    same = max(_SAME, 10.0 * eps) * lower_size + 64.0 * eps * abs(nearest.value)
     changes = [abs(float(oracle.upper(x, v)) - float(oracle.upper(x, y))) for v in units[-1:]]
     if y.numel() <= _SMALL:
         starts = [*starts, _toward_upper(oracle, x, nearest.y, size, sign)]
@@ -149,7 +154,7 @@ def search(oracle: Oracle, x: Tensor, y: Tensor, data: Any, size: float, sign: f
         if local.status is not Status.CONVERGED:
             continue
         found.append(local)
-        if local.value < lowest.value - _SAME * height:
+        if local.value < lowest.value - same:
             lowest = local
     return Search(
         nearest,
@@ -157,7 +162,8 @@ def search(oracle: Oracle, x: Tensor, y: Tensor, data: Any, size: float, sign: f
         tuple(found),
         1 + len(starts),
         height,
-        _range(rises),
+        lower_size,
+        same,
         _range(changes),
     )
 

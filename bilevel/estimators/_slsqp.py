@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel import _autodiff
+from bilevel.estimators._numpy import to_numpy
 
 _HUGE = 1e30  # what SLSQP is told instead of infinity, of which it makes NaN
 _FAR = 1e8  # growth at which its answer is no longer one
@@ -97,11 +98,11 @@ class _Program:
         self.value_count = self.slope_count = 0
 
     def joined(self, vectors: Sequence[Tensor]) -> Any:
-        return torch.cat(list(vectors)).double().cpu().numpy()
+        return to_numpy(torch.cat(list(vectors)))
 
     def split(self, w: Any) -> list[Tensor]:
-        whole = torch.as_tensor(w).to(self._like[0])
-        return list(torch.split(whole, [part.numel() for part in self._like]))
+        parts = torch.split(torch.as_tensor(w), [part.numel() for part in self._like])
+        return [part.to(like) for part, like in zip(parts, self._like, strict=True)]
 
     def _at(self, w: Any) -> None:
         if w.tobytes() != self._key:
@@ -111,7 +112,7 @@ class _Program:
 
     def values(self, w: Any) -> Any:
         self._at(w)
-        return self._map.value.double().cpu().numpy().clip(-_HUGE, _HUGE)
+        return to_numpy(self._map.value).clip(-_HUGE, _HUGE)
 
     def rows(self, rows: Any, plus: Any = 0.0) -> dict[str, Callable[[Any], Any]]:
         """Some of the outputs, and their derivatives, as SLSQP wants them."""
@@ -127,6 +128,6 @@ class _Program:
     def slopes(self, w: Any) -> Any:
         self._at(w)
         if self._slopes is None:
-            self._slopes = torch.cat(self._map.jacobian(), 1).double().cpu().numpy()
+            self._slopes = to_numpy(torch.cat(self._map.jacobian(), 1))
             self.slope_count += 1
         return self._slopes

@@ -32,6 +32,7 @@ from bilevel.estimators._kkt import (
     fit_multipliers,
     linearize,
 )
+from bilevel.estimators._numpy import to_numpy
 from bilevel.estimators._search import Local, LowerSolver
 from bilevel.linear import CG
 
@@ -144,8 +145,10 @@ class UpperLevel:
         if isinstance(domain, Box):
             bounds = domain.bounds(x)
             low, high = x - bounds[0] <= reach, bounds[1] - x <= reach
-        identity = torch.eye(x.numel(), dtype=x.dtype) if bool((low | high).any()) else None
-        walls = [] if identity is None else [-identity[low], identity[high]]
+        walls: list[Tensor] = []
+        if bool((low | high).any()):
+            identity = torch.eye(x.numel(), dtype=x.dtype, device=x.device)
+            walls = [-identity[low], identity[high]]
         residual, weights, nu = pulled, held.new_zeros(held.shape[0]), equal.new_zeros(0)
         if bool(near.any()) or walls or equal.shape[0]:
             rows = torch.cat([held[near], *walls])
@@ -198,10 +201,10 @@ class UpperLevel:
             tolerance = max(_LINEAR_SOLVED, 100.0 * torch.finfo(v.dtype).eps)
             if not _tree.length(linear.hvp(v) - of_y) <= tolerance * size:
                 return None
-            return of_x - linear.mixed_vjp(v)
+            return of_x.to(self._x) - linear.mixed_vjp(v)
         p, q, residual = system.solve(of_y)
         tolerance = max(_LINEAR_SOLVED, 100.0 * torch.finfo(p.dtype).eps)
-        return of_x - system.pull_back(p, q) if residual <= tolerance else None
+        return of_x.to(self._x) - system.pull_back(p, q) if residual <= tolerance else None
 
     def _reduced_rows(self, system: KKTSystem | None, held: Linearized) -> Tensor | None:
         pairs = zip(held.in_x, held.in_y, strict=True)
@@ -209,7 +212,7 @@ class UpperLevel:
         solved = [row for row in rows if row is not None]
         if len(solved) < len(rows):
             return None
-        return torch.stack(solved) if solved else held.in_x
+        return torch.stack(solved) if solved else held.in_x.to(self._x)
 
     def _lagrangian_falls(self, x: Tensor, weights: Tensor, nu: Tensor) -> float:
         """How much `F + weights H + nu H_=` falls from the point to x, with y solved again."""
@@ -225,7 +228,7 @@ class UpperLevel:
             if factors.numel() and bool(factors.any()):
                 with torch.no_grad():
                     there = constraint_values(fun, x, solved.y, self._upper_data)
-                gain += float(factors @ (held.value - there))
+                gain += float(factors @ (held.value - there).to(factors))
         return gain + self._value - float(self._oracle.upper(x, solved.y))
 
     def _is_overtaken(self, solver: LowerSolver, solved: Local) -> bool:
@@ -353,7 +356,7 @@ class _LinearProgram:
         self._x, self._units, self._point = x, units, point
         self._h, self._e = solver.kkt.constraints(point.y)
         n = point.y.numel()
-        identity = torch.eye(n, dtype=x.dtype)
+        identity = torch.eye(n, dtype=point.y.dtype, device=x.device)
         mixed = torch.stack([system.linear.mixed_vjp(row) for row in identity])  # (n, m)
         force = torch.cat([self._h.in_y, self._e.in_y]).T  # (n, k + l)
         self._force_size = _norms(force.T)
@@ -402,18 +405,22 @@ class _LinearProgram:
         rows_ub, right_ub = _scaled(inequalities, limits)
         size = float(self._cost.abs().max()) or 1.0
         result = optimize.linprog(
-            (self._cost / size).double().numpy(),
-            A_ub=rows_ub.double().numpy() if rows_ub.shape[0] else None,
-            b_ub=right_ub.double().numpy() if rows_ub.shape[0] else None,
-            A_eq=rows.double().numpy() if rows.shape[0] else None,
-            b_eq=right.double().numpy() if rows.shape[0] else None,
+            to_numpy(self._cost / size),
+            A_ub=to_numpy(rows_ub) if rows_ub.shape[0] else None,
+            b_ub=to_numpy(right_ub) if rows_ub.shape[0] else None,
+            A_eq=to_numpy(rows) if rows.shape[0] else None,
+            b_eq=to_numpy(right) if rows.shape[0] else None,
             bounds=bounds,
             method="highs",
         )
         if result.status != 0:
             return None
-        step = torch.as_tensor(result.x).to(self._x)
-        return step[:m] * self._units.x, step[m : m + n] * self._units.y, -float(result.fun) * size
+        step = torch.as_tensor(result.x)
+        dx, dy = (
+            (step[:m] * self._units.x).to(self._x),
+            (step[m : m + n] * self._units.y).to(self._point.y),
+        )
+        return dx, dy, -float(result.fun) * size
 
     def _x_bounds(self) -> list[tuple[float | None, float | None]]:
         m = self._x.numel()

@@ -1,0 +1,16 @@
+import pytest
+import torch
+from torch import Tensor
+
+from bilevel.estimators import _slsqp
+
+
+def test_each_vector_keeps_its_dtype() -> None:
+    def outputs(x: Tensor, y: Tensor) -> Tensor:
+        assert (x.dtype, y.dtype) == (torch.float32, torch.float64)
+        return torch.cat([((x - 1.0) ** 2 + (y - 2.0) ** 2), x + y - 1.0])
+
+    found = _slsqp.minimize(outputs, [torch.zeros(1), torch.zeros(1).double()], 1)
+    x, y = found.vectors  # the point of x + y = 1 nearest to (1, 2)
+    assert (x.dtype, y.dtype) == (torch.float32, torch.float64)
+    assert (float(x), float(y)) == pytest.approx((0.0, 1.0), abs=1e-6)
