@@ -178,7 +178,7 @@ METHODS: dict[str, Method] = {
     "SOBA": Method(bl.SOBA(lower_optimizer=_SLOW, upper_optimizer=_FAST), sampled),
     "Implicit(CG)": Method(
         bl.HypergradientDescent(
-            bl.Implicit(bl.linear.CG(rtol=1e-6), tol=1e-6, error_bound=False),
+            bl.Implicit(bl.linear.CG(rtol=1e-6), tol=1e-6),
             upper_optimizer=_adam(0.3),
         ),
         whole,

@@ -51,7 +51,6 @@ METHOD = bl.Implicit(
     bl.linear.CG(rtol=1e-3, max_steps=20),
     minimizer=bl.optim.Newton(dense_limit=0, cg_steps=20),
     tol=1e-2,
-    error_bound=False,
 )
 
 Network = dict[str, Tensor]

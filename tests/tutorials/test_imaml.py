@@ -35,7 +35,7 @@ def test_hypergradient_agrees_with_central_differences(
     tasks = imaml.draw(images, imaml.KNOWN, 1, generator)
     x = {k: v.double() for k, v in imaml.plain_start(generator).items()}
     x["head"] = 0.1 * torch.randn(x["head"].shape, generator=generator).double()
-    exact = bl.Implicit(minimizer=bl.optim.Newton(dense_limit=0), tol=1e-11, error_bound=False)
+    exact = bl.Implicit(minimizer=bl.optim.Newton(dense_limit=0), tol=1e-11)
     monkeypatch.setattr(imaml, "METHOD", exact)
     tasks = bl.Batch(
         *(imaml.Tasks(part.images.double(), part.labels) for part in (tasks.upper, tasks.lower))
