@@ -273,6 +273,10 @@ class UpperLevel:
             branch = dict(zip(chosen, active, strict=True))
             found = program.descend(branch, weak)
             if found is None:
+                assumptions.append(
+                    "the upper level is stationary on a branch of the complementarity conditions that was not "
+                    f"tested, since SciPy did not solve its linear program ({why})"
+                )
                 continue
             dx, dy, slope = found
             expected = self._units.step * slope
@@ -378,7 +382,10 @@ class _LinearProgram:
         return torch.cat([in_x, in_y, zeros], 1)
 
     def descend(self, branch: dict[int, bool], weak: Tensor) -> tuple[Tensor, Tensor, float] | None:
-        """The steepest direction in x and y, and the slope of F along it; None where there is none."""
+        """The steepest direction in x and y, and the slope of F along it; None where SciPy finds none.
+
+        No step at all is feasible, so that the program has a solution: without one, nothing is known.
+        """
         import scipy.optimize  # pyright: ignore[reportMissingTypeStubs]
 
         optimize: Any = scipy.optimize
@@ -403,6 +410,8 @@ class _LinearProgram:
                 bounds.append((0.0, None) if held[i] else (0.0, 0.0))
         rows, right = _scaled(equalities, torch.zeros_like(equalities[:, 0]))
         rows_ub, right_ub = _scaled(inequalities, limits)
+        if not all(map(_tree.is_finite, (self._cost, rows, rows_ub, right_ub))):
+            return None
         size = float(self._cost.abs().max()) or 1.0
         result = optimize.linprog(
             to_numpy(self._cost / size),
