@@ -316,3 +316,15 @@ def test_linear_program_with_a_derivative_that_is_not_finite_is_told() -> None:
     )
     found = bl.certify(infinite, vector(0.0), vector(0.0))
     assert any("SciPy did not solve" in sentence for sentence in found.assumptions)
+
+
+def test_multipliers_that_scipy_does_not_fit_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise RuntimeError("Maximum number of iterations reached.")
+
+    monkeypatch.setattr(scipy.optimize, "nnls", fail)
+    found = bl.certify(simplex(), *SIMPLEX_ANSWER)
+    assert found.problems == ()
+    assert found.hypergradient is None
+    for level in ("the upper level is stationary: SciPy did not fit", "the lower gradient (SciPy"):
+        assert any(level in sentence for sentence in found.assumptions)

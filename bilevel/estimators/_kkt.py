@@ -25,7 +25,7 @@ from bilevel._errors import ObjectiveError
 from bilevel._oracle import CountedGradient, Oracle
 from bilevel._problem import BilevelProblem, split_data
 from bilevel._solution import Status
-from bilevel.estimators._numpy import to_numpy
+from bilevel.estimators._numpy import clipped, to_numpy
 
 linalg: Any = torch.linalg  # its stubs are untyped
 SINGULAR = 1e-10  # smallest over largest eigenvalue of what still counts as invertible
@@ -183,7 +183,7 @@ class ConstrainedLower:
             point = torch.as_tensor(vector).to(y)
             value, grad = self._oracle.lower_grad_y(self._x, point)
             if not (math.isfinite(float(value)) and _tree.is_finite(grad)):
-                return 1e300, to_numpy(grad.nan_to_num(0.0))
+                return 1e300, clipped(grad)
             last = point
             if _tree.length(point) > far:
                 raise _FarAwayError
@@ -225,7 +225,8 @@ class ConstrainedLower:
     def _at(self, fun: Any, reach: Tensor, like: Tensor, vector: Any) -> tuple[Any, Any]:
         here = linearize(fun, self._x, torch.as_tensor(vector).to(like), self._data)
         value, in_y = here.value / reach, here.in_y / reach[:, None]
-        return to_numpy(value), to_numpy(in_y)
+        bad = torch.full_like(value, math.inf)  # a constraint that is NaN is violated
+        return clipped(torch.where(value.isnan(), bad, value)), clipped(in_y)
 
     def _polish(self, y: Tensor) -> KKTPoint:
         """Newton's method on the KKT equations; the active set follows the signs of lambda + c h."""
@@ -253,10 +254,10 @@ class ConstrainedLower:
         grad = self._oracle.lower_grad_y(self._x, y)[1]
         inequality, equality = self.constraints(y)
         near = inequality.value >= -_NEAR * self._reach(inequality)
-        found, nu = fit_multipliers(grad, inequality.in_y[near], equality.in_y)
+        fit = fit_multipliers(grad, inequality.in_y[near], equality.in_y)
         multipliers = torch.zeros_like(inequality.value)
-        multipliers[near] = found
-        return multipliers, nu
+        multipliers[near] = fit.inequality
+        return multipliers, fit.equality
 
     def _measured(self, y: Tensor, multipliers: Tensor, nu: Tensor) -> KKTPoint:
         """The point with its residual, and the active set that its signs tell."""
@@ -267,7 +268,8 @@ class ConstrainedLower:
             y, float(value), multipliers, nu, multipliers > 0.0, multipliers < 0.0, math.inf, 0.0,
             Status.LOWER_UNSOLVED,
         )  # fmt: skip
-        if not (math.isfinite(raw.value) and all(map(_tree.is_finite, (grad, multipliers, nu)))):
+        seen = (grad, multipliers, nu, inequality.value, equality.value)
+        if not (math.isfinite(raw.value) and all(map(_tree.is_finite, seen))):
             return replace(raw, status=Status.NONFINITE)
         linear = self.lagrangian(raw)
         hessian = linear.hessian()
@@ -413,7 +415,15 @@ class KKTSystem:
         return NewtonStep(solution[:n], multipliers, new[count:])
 
 
-def fit_multipliers(grad: Tensor, rows: Tensor, equality_rows: Tensor) -> tuple[Tensor, Tensor]:
+class Fit(NamedTuple):
+    """Multipliers of inequalities and of equalities, and whether they are the best ones: else they are zero."""
+
+    inequality: Tensor  # (k,)
+    equality: Tensor  # (l,)
+    is_solved: bool
+
+
+def fit_multipliers(grad: Tensor, rows: Tensor, equality_rows: Tensor) -> Fit:
     r"""$\lambda \ge 0$ and $\nu$ that minimize $|g + A^\top \lambda + E^\top \nu|$.
 
     Args:
@@ -427,14 +437,18 @@ def fit_multipliers(grad: Tensor, rows: Tensor, equality_rows: Tensor) -> tuple[
     both = torch.cat([rows, equality_rows, -equality_rows])
     norms = linalg.vector_norm(both, dim=1)
     weights = 1.0 / torch.where(norms > 0.0, norms, torch.ones_like(norms))
-    if both.shape[0] == 0 or not (_tree.is_finite(both) and _tree.is_finite(grad)):
-        return rows.new_zeros(rows.shape[0]), rows.new_zeros(equality_rows.shape[0])
+    k, count = rows.shape[0], equality_rows.shape[0]
+    none = Fit(rows.new_zeros(k), rows.new_zeros(count), is_solved=both.shape[0] == 0)
+    if none.is_solved or not (_tree.is_finite(both) and _tree.is_finite(grad)):
+        return none
     columns = to_numpy((both * weights[:, None]).T)
     size = _tree.length(grad) or 1.0
-    found = optimize.nnls(columns, to_numpy(-grad / size), maxiter=30 * both.shape[0])[0]
+    try:
+        found = optimize.nnls(columns, to_numpy(-grad / size), maxiter=30 * both.shape[0])[0]
+    except RuntimeError:  # SciPy's word for too many iterations
+        return none
     found = torch.as_tensor(found).to(grad) * weights * size
-    k, count = rows.shape[0], equality_rows.shape[0]
-    return found[:k], found[k : k + count] - found[k + count :]
+    return Fit(found[:k], found[k : k + count] - found[k + count :], is_solved=True)
 
 
 def _null_space(rows: Tensor) -> Tensor:

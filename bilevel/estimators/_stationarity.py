@@ -152,9 +152,14 @@ class UpperLevel:
         residual, weights, nu = pulled, held.new_zeros(held.shape[0]), equal.new_zeros(0)
         if bool(near.any()) or walls or equal.shape[0]:
             rows = torch.cat([held[near], *walls])
-            found, nu = fit_multipliers(pulled, rows, equal)
-            residual = pulled + rows.T @ found + equal.T @ nu
-            weights[near] = found[: int(near.sum())]
+            fit = fit_multipliers(pulled, rows, equal)
+            if not fit.is_solved:
+                return _untested(
+                    "the upper level is stationary: SciPy did not fit the multipliers of its constraints"
+                )
+            nu = fit.equality
+            residual = pulled + rows.T @ fit.inequality + equal.T @ nu
+            weights[near] = fit.inequality[: int(near.sum())]
         if domain is not None and not isinstance(domain, Box) and (held.shape[0] or nu.numel()):
             assumptions.append("the domain and the upper constraints do not hold x together")
         tested = ["the upper level is stationary along the implicit derivative of y"]
