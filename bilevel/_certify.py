@@ -13,7 +13,7 @@ from bilevel._oracle import Oracle
 from bilevel._problem import BilevelProblem, ravel, split_data
 from bilevel._solution import Certificate, Status
 from bilevel._types import Tree
-from bilevel.estimators._kkt import constraint_values, fit_multipliers, linearize
+from bilevel.estimators._kkt import constraint_values, fit_multipliers, linearize, positive
 from bilevel.estimators._search import Search, search
 from bilevel.estimators._stationarity import Stationarity, Units, UpperLevel
 
@@ -185,7 +185,7 @@ def _violations(
         held = linearize(fun, x, y, of_level)
         reach = linalg.vector_norm(held.in_x, dim=1) * units.x
         reach = reach + linalg.vector_norm(held.in_y, dim=1) * units.y
-        allowed = tolerance * torch.where(reach > 0.0, reach, torch.ones_like(reach))
+        allowed = tolerance * positive(reach)
         worst = int((amount / allowed).nan_to_num(math.inf).argmax())
         sentence = ""
         if not float(amount[worst]) <= float(allowed[worst]):

@@ -14,7 +14,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -53,7 +53,6 @@ class KKTPoint:
         multipliers: Of h, shape (k,), >= 0.
         equality_multipliers: Of the equalities, shape (l,).
         active: Which of h hold y: those with a positive multiplier, shape (k,).
-        weak: Which of h are active with a multiplier of zero, shape (k,).
         residual: Largest violation of the KKT conditions, each relative to its own size.
         infeasibility: The part of `residual` that is due to the constraints.
         status: CONVERGED, LOWER_UNSOLVED, LOWER_UNBOUNDED, INFEASIBLE or NONFINITE.
@@ -64,7 +63,6 @@ class KKTPoint:
     multipliers: Tensor
     equality_multipliers: Tensor
     active: Tensor
-    weak: Tensor
     residual: float
     infeasibility: float
     status: Status
@@ -118,18 +116,9 @@ class ConstrainedLower:
             linearize(self._equality, self._x, y, self._data),
         )
 
-    def infeasibility(self, y: Tensor) -> float:
-        """The distance of y from the linearized constraints, relative to the unit of y."""
-        inequality, equality = self.constraints(y)
-        return max(
-            _largest(inequality.value.clamp(min=0.0) / self._reach(inequality)),
-            _largest(equality.value.abs() / self._reach(equality)),
-        )
-
     def _reach(self, constraint: Linearized) -> Tensor:
         """How much each entry changes over one unit of y, (k,)."""
-        change = linalg.vector_norm(constraint.in_y, dim=1) * self.size
-        return torch.where(change > 0.0, change, torch.ones_like(change))
+        return positive(linalg.vector_norm(constraint.in_y, dim=1) * self.size)
 
     def lagrangian(self, point: KKTPoint) -> CountedGradient:
         """The gradient of L in y at the point, with its products."""
@@ -263,21 +252,23 @@ class ConstrainedLower:
         """The point with its residual, and the active set that its signs tell."""
         value, grad = self._oracle.lower_grad_y(self._x, y)
         inequality, equality = self.constraints(y)
-        reach = self._reach(inequality)
         raw = KKTPoint(
-            y, float(value), multipliers, nu, multipliers > 0.0, multipliers < 0.0, math.inf, 0.0,
+            y,
+            float(value),
+            multipliers,
+            nu,
+            multipliers > 0.0,
+            math.inf,
+            0.0,
             Status.LOWER_UNSOLVED,
-        )  # fmt: skip
+        )
         seen = (grad, multipliers, nu, inequality.value, equality.value)
         if not (math.isfinite(raw.value) and all(map(_tree.is_finite, seen))):
             return replace(raw, status=Status.NONFINITE)
         linear = self.lagrangian(raw)
-        hessian = linear.hessian()
-        scale = max(_tree.length(grad), float(linalg.matrix_norm(hessian)) * self.size)
-        scale = scale or 1.0
+        scale = self._slope(grad, linear.hessian())
         stationarity = _tree.length(linear.grad) / scale
-        force = multipliers * reach / (scale * self.size)  # both in units, so that they compare
-        depth = inequality.value / reach
+        depth, force = self._depth_and_force(inequality, multipliers, scale)
         complementarity = _largest(torch.minimum(-depth, force).abs())
         infeasibility = max(
             _largest(depth.clamp(min=0.0)), _largest(equality.value.abs() / self._reach(equality))
@@ -288,21 +279,31 @@ class ConstrainedLower:
         return replace(
             raw,
             active=active,
-            weak=(depth.abs() <= _SOLVED) & (force.abs() <= _SOLVED),
             residual=residual,
             infeasibility=infeasibility,
             status=Status.CONVERGED if solved else Status.LOWER_UNSOLVED,
         )
 
+    def _slope(self, grad: Tensor, hessian: Tensor) -> float:
+        """The unit of a gradient in y: its size, or what the curvature makes of one unit of y."""
+        return max(_tree.length(grad), float(linalg.matrix_norm(hessian)) * self.size) or 1.0
+
+    def _depth_and_force(
+        self, inequality: Linearized, multipliers: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """The values of h and the multipliers, (k,), both in units, so that they compare."""
+        reach = self._reach(inequality)
+        return inequality.value / reach, multipliers * reach / (scale * self.size)
+
     def weakly_active(self, point: KKTPoint, tol: float) -> Tensor:
         """Which of h are within `tol` of being active with a zero multiplier, in units of each, (k,)."""
         inequality, _ = self.constraints(point.y)
+        if inequality.value.numel() == 0:
+            return point.active
         grad = self._oracle.lower_grad_y(self._x, point.y)[1]
-        hessian = self.lagrangian(point).hessian()
-        scale = max(_tree.length(grad), float(linalg.matrix_norm(hessian)) * self.size) or 1.0
-        reach = self._reach(inequality)
-        force = point.multipliers * reach / (scale * self.size)
-        return ((inequality.value / reach).abs() <= tol) & (force.abs() <= tol)
+        scale = self._slope(grad, self.lagrangian(point).hessian())
+        depth, force = self._depth_and_force(inequality, point.multipliers, scale)
+        return (depth.abs() <= tol) & (force.abs() <= tol)
 
     def _is_minimum(self, point: KKTPoint) -> bool:
         curvature = KKTSystem(self, point).curvature
@@ -356,8 +357,7 @@ class KKTSystem:
         self.hessian = self.linear.hessian()
         # rows in units of the Hessian, so that the condition number means something
         size = float(linalg.matrix_norm(self.hessian)) or 1.0
-        norms = linalg.vector_norm(self.rows, dim=1)
-        self._weights = size / torch.where(norms > 0.0, norms, torch.ones_like(norms))
+        self._weights = size / positive(linalg.vector_norm(self.rows, dim=1))
         scaled = self.rows * self._weights[:, None]
         corner = self.rows.new_zeros((self.rows.shape[0],) * 2)
         self.matrix = torch.cat(
@@ -365,7 +365,7 @@ class KKTSystem:
         )
         self._size = size
 
-    @property
+    @cached_property
     def curvature(self) -> float | None:
         if not _tree.is_finite(self.matrix):
             return -math.inf
@@ -435,8 +435,7 @@ def fit_multipliers(grad: Tensor, rows: Tensor, equality_rows: Tensor) -> Fit:
 
     optimize: Any = scipy.optimize
     both = torch.cat([rows, equality_rows, -equality_rows])
-    norms = linalg.vector_norm(both, dim=1)
-    weights = 1.0 / torch.where(norms > 0.0, norms, torch.ones_like(norms))
+    weights = 1.0 / positive(linalg.vector_norm(both, dim=1))
     k, count = rows.shape[0], equality_rows.shape[0]
     none = Fit(rows.new_zeros(k), rows.new_zeros(count), is_solved=both.shape[0] == 0)
     if none.is_solved or not (_tree.is_finite(both) and _tree.is_finite(grad)):
@@ -456,8 +455,7 @@ def _null_space(rows: Tensor) -> Tensor:
     n = rows.shape[1]
     if rows.shape[0] == 0:
         return torch.eye(n, dtype=rows.dtype, device=rows.device)
-    norms = linalg.vector_norm(rows, dim=1, keepdim=True)
-    unit = rows / torch.where(norms > 0.0, norms, torch.ones_like(norms))
+    unit = rows / positive(linalg.vector_norm(rows, dim=1, keepdim=True))
     _, sizes, basis = linalg.svd(unit, full_matrices=True)
     rank = int((sizes > 1e-8).sum())
     return basis[rank:].T
@@ -476,6 +474,11 @@ def _least_squares(matrix: Tensor, right: Tensor) -> Tensor:
     return linalg.pinv(matrix, rtol=SINGULAR) @ right
 
 
+def positive(sizes: Tensor) -> Tensor:
+    """Sizes to divide by: 1 where they are zero."""
+    return torch.where(sizes > 0.0, sizes, torch.ones_like(sizes))
+
+
 def _largest(values: Tensor) -> float:
     return float(values.max()) if values.numel() else 0.0
 
@@ -483,7 +486,7 @@ def _largest(values: Tensor) -> float:
 def _without_answer(y: Tensor, status: Status) -> KKTPoint:
     none, no = y.new_zeros(0), y.new_zeros(0, dtype=torch.bool)
     value = -math.inf if status is Status.LOWER_UNBOUNDED else math.nan
-    return KKTPoint(y, value, none, none, no, no, math.inf, math.inf, status)
+    return KKTPoint(y, value, none, none, no, math.inf, math.inf, status)
 
 
 class _FarAwayError(Exception):

@@ -31,6 +31,7 @@ from bilevel.estimators._kkt import (
     constraint_values,
     fit_multipliers,
     linearize,
+    positive,
 )
 from bilevel.estimators._numpy import to_numpy
 from bilevel.estimators._search import Local, LowerSolver
@@ -140,7 +141,7 @@ class UpperLevel:
         domain, x = self._oracle.problem.domain, self._x
         reach = self._units.step * math.sqrt(x.numel()) * self._units.x
         slopes = linalg.vector_norm(held, dim=1)
-        near = self._held.value >= -reach * torch.where(slopes > 0.0, slopes, 1.0)
+        near = self._held.value >= -reach * positive(slopes)
         low = high = torch.zeros_like(x, dtype=torch.bool)
         if isinstance(domain, Box):
             bounds = domain.bounds(x)
@@ -368,7 +369,7 @@ class _LinearProgram:
         identity = torch.eye(n, dtype=point.y.dtype, device=x.device)
         mixed = torch.stack([system.linear.mixed_vjp(row) for row in identity])  # (n, m)
         force = torch.cat([self._h.in_y, self._e.in_y]).T  # (n, k + l)
-        self._force_size = _norms(force.T)
+        self._force_size = positive(linalg.vector_norm(force, dim=0))
         self._stationary = torch.cat(
             [mixed * units.x, system.hessian * units.y, force / self._force_size], 1
         )
@@ -447,14 +448,9 @@ class _LinearProgram:
         return list(zip(down, up, strict=True))
 
 
-def _norms(rows: Tensor) -> Tensor:
-    norms = linalg.vector_norm(rows, dim=1)
-    return torch.where(norms > 0.0, norms, torch.ones_like(norms))
-
-
 def _scaled(rows: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of length one: the linear program's tolerances are absolute."""
-    norms = _norms(rows)
+    norms = positive(linalg.vector_norm(rows, dim=1))
     return rows / norms[:, None], right / norms
 
 
