@@ -14,8 +14,9 @@ from bilevel._problem import BilevelProblem, ravel, split_data
 from bilevel._solution import Certificate, Status
 from bilevel._types import Tree
 from bilevel.estimators._kkt import constraint_values, fit_multipliers, linearize, positive
+from bilevel.estimators._linear_program import Units
 from bilevel.estimators._search import Search, search
-from bilevel.estimators._stationarity import Stationarity, Units, UpperLevel
+from bilevel.estimators._stationarity import Stationarity, UpperLevel
 
 linalg: Any = torch.linalg  # its stubs are untyped
 _GAP = 1e-5  # of the change of f within one unit of y
