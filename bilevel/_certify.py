@@ -13,7 +13,7 @@ from bilevel._oracle import Oracle
 from bilevel._problem import BilevelProblem, ravel, split_data
 from bilevel._solution import Certificate, Status
 from bilevel._types import Tree
-from bilevel.estimators._kkt import constraint_values, fit_multipliers, linearize, positive
+from bilevel.estimators._constraints import constraint_values, fit_multipliers, linearize, positive
 from bilevel.estimators._linear_program import Units
 from bilevel.estimators._search import Search, search
 from bilevel.estimators._stationarity import Stationarity, UpperLevel

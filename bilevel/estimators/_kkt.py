@@ -20,11 +20,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bilevel import _autodiff, _tree
-from bilevel._errors import ObjectiveError
+from bilevel import _tree
 from bilevel._oracle import CountedGradient, Oracle
 from bilevel._problem import BilevelProblem, split_data
 from bilevel._solution import Status
+from bilevel.estimators._constraints import (
+    Linearized,
+    constraint_values,
+    fit_multipliers,
+    linearize,
+    positive,
+)
 from bilevel.estimators._numpy import clipped, to_numpy
 
 linalg: Any = torch.linalg  # its stubs are untyped
@@ -33,14 +39,6 @@ _SOLVED = 1e-6  # relative KKT residual from which the polishing counts as done
 _POLISHING = 40  # Newton steps at most
 _FAR = 1e8  # growth of |y| at which a minimum is not believed to exist
 _NEAR = 1e-4  # relative distance up to which SciPy's answer may be from a constraint that holds it
-
-
-class Linearized(NamedTuple):
-    """A constraint at a point."""
-
-    value: Tensor  # (k,)
-    in_x: Tensor  # (k, m)
-    in_y: Tensor  # (k, n)
 
 
 @dataclass(frozen=True)
@@ -66,34 +64,6 @@ class KKTPoint:
     residual: float
     infeasibility: float
     status: Status
-
-
-def constraint_values(fun: Any, x: Tensor, y: Tensor, data: Any) -> Tensor:
-    """A constraint as a vector; of no entries where there is none.
-
-    Raises:
-        ObjectiveError: It returns no floating tensor.
-    """
-    if fun is None:
-        return y.new_zeros(0)
-    value = fun(x, y, data)
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise ObjectiveError(
-            "A constraint of a `BilevelProblem` must return a floating-point tensor. "
-            f"Got {got}. Compute it with torch, e.g. `torch.stack([...])`."
-        )
-    return value.reshape(-1).to(y.dtype)
-
-
-def linearize(fun: Any, x: Tensor, y: Tensor, data: Any) -> Linearized:
-    """A constraint and its derivatives in x and in y."""
-
-    def fixed(u: Tensor, v: Tensor) -> Tensor:
-        return constraint_values(fun, u, v, data)
-
-    value, (in_x, in_y) = _autodiff.jacobian(fixed, x, y)
-    return Linearized(value, in_x, in_y)
 
 
 class ConstrainedLower:
@@ -415,41 +385,6 @@ class KKTSystem:
         return NewtonStep(solution[:n], multipliers, new[count:])
 
 
-class Fit(NamedTuple):
-    """Multipliers of inequalities and of equalities, and whether they are the best ones: else they are zero."""
-
-    inequality: Tensor  # (k,)
-    equality: Tensor  # (l,)
-    is_solved: bool
-
-
-def fit_multipliers(grad: Tensor, rows: Tensor, equality_rows: Tensor) -> Fit:
-    r"""$\lambda \ge 0$ and $\nu$ that minimize $|g + A^\top \lambda + E^\top \nu|$.
-
-    Args:
-        grad: g, shape (n,).
-        rows: A, shape (k, n).
-        equality_rows: E, shape (l, n).
-    """
-    import scipy.optimize  # pyright: ignore[reportMissingTypeStubs]
-
-    optimize: Any = scipy.optimize
-    both = torch.cat([rows, equality_rows, -equality_rows])
-    weights = 1.0 / positive(linalg.vector_norm(both, dim=1))
-    k, count = rows.shape[0], equality_rows.shape[0]
-    none = Fit(rows.new_zeros(k), rows.new_zeros(count), is_solved=both.shape[0] == 0)
-    if none.is_solved or not (_tree.is_finite(both) and _tree.is_finite(grad)):
-        return none
-    columns = to_numpy((both * weights[:, None]).T)
-    size = _tree.length(grad) or 1.0
-    try:
-        found = optimize.nnls(columns, to_numpy(-grad / size), maxiter=30 * both.shape[0])[0]
-    except RuntimeError:  # SciPy's word for too many iterations
-        return none
-    found = torch.as_tensor(found).to(grad) * weights * size
-    return Fit(found[:k], found[k : k + count] - found[k + count :], is_solved=True)
-
-
 def _null_space(rows: Tensor) -> Tensor:
     """An orthonormal basis of what is orthogonal to the rows, shape (n, n - rank)."""
     n = rows.shape[1]
@@ -472,11 +407,6 @@ def _least_squares(matrix: Tensor, right: Tensor) -> Tensor:
     if not _tree.is_finite(matrix):
         return torch.full_like(right, math.nan)
     return linalg.pinv(matrix, rtol=SINGULAR) @ right
-
-
-def positive(sizes: Tensor) -> Tensor:
-    """Sizes to divide by: 1 where they are zero."""
-    return torch.where(sizes > 0.0, sizes, torch.ones_like(sizes))
 
 
 def _largest(values: Tensor) -> float:

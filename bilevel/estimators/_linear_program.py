@@ -11,7 +11,8 @@ from torch import Tensor
 from bilevel import _tree
 from bilevel._oracle import Oracle
 from bilevel._problem import Box
-from bilevel.estimators._kkt import KKTPoint, KKTSystem, Linearized, positive
+from bilevel.estimators._constraints import Linearized, positive
+from bilevel.estimators._kkt import KKTPoint, KKTSystem
 from bilevel.estimators._numpy import to_numpy
 from bilevel.estimators._search import LowerSolver
 

@@ -24,14 +24,14 @@ from bilevel import _tree
 from bilevel._oracle import Oracle
 from bilevel._problem import Box, split_data
 from bilevel._solution import Status
-from bilevel.estimators._kkt import (
-    KKTSystem,
+from bilevel.estimators._constraints import (
     Linearized,
     constraint_values,
     fit_multipliers,
     linearize,
     positive,
 )
+from bilevel.estimators._kkt import KKTSystem
 from bilevel.estimators._linear_program import LinearProgram, Units
 from bilevel.estimators._search import Local, LowerSolver
 from bilevel.linear import CG
