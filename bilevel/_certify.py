@@ -13,9 +13,10 @@ from bilevel._oracle import Oracle
 from bilevel._problem import BilevelProblem, ravel, split_data
 from bilevel._solution import Certificate, Status
 from bilevel._types import Tree
-from bilevel.estimators._kkt import constraint_values, fit_multipliers, linearize
+from bilevel.estimators._constraints import constraint_values, fit_multipliers, linearize, positive
+from bilevel.estimators._linear_program import Units
 from bilevel.estimators._search import Search, search
-from bilevel.estimators._stationarity import Stationarity, Units, UpperLevel
+from bilevel.estimators._stationarity import Stationarity, UpperLevel
 
 linalg: Any = torch.linalg  # its stubs are untyped
 _GAP = 1e-5  # of the change of f within one unit of y
@@ -81,7 +82,7 @@ def certify(
     size_x, size_y = _unit(u), _unit(v)
     sign = -1.0 if pessimistic else 1.0
     upper = oracle.upper(u, v)
-    value, lower_gradient = _lower_gradient(oracle, u, v, data, size_y)
+    value, lower_gradient, is_fitted = _lower_gradient(oracle, u, v, data, size_y)
     found = search(oracle, u, v, data, size_y, sign)
     size_y = max(size_y, _rms(found.nearest.y) if _tree.is_finite(found.nearest.y) else 0.0)
     units = Units(size_x, size_y, found.upper_size, max(_STEP, eps**0.25))
@@ -118,6 +119,10 @@ def certify(
         assumptions.append(
             "the upper level is stationary (not tested: no step lowers f though its gradient is not zero, as at a kink)"
         )
+    if not is_fitted:
+        assumptions.append(
+            "no constraint holds a part of the lower gradient (SciPy did not fit the multipliers)"
+        )
     return Certificate(
         value_gap=gap,
         deeper_basin=deeper,
@@ -148,17 +153,18 @@ def _unit(own: Tensor) -> float:
 
 def _lower_gradient(
     oracle: Oracle, x: Tensor, y: Tensor, data: Any, size: float
-) -> tuple[float, float]:
-    """f, and the norm of its gradient, of which the nearly active constraints hold a part."""
+) -> tuple[float, float, bool]:
+    """f, the norm of its gradient less what the nearly active constraints hold, and whether that is known."""
     value, grad = oracle.lower_grad_y(x, y)
-    problem, lower = oracle.problem, split_data(data).lower
+    problem, lower, is_fitted = oracle.problem, split_data(data).lower, True
     if problem.lower_constraint or problem.lower_equality:
         held = linearize(problem.lower_constraint, x, y, lower)
         equal = linearize(problem.lower_equality, x, y, lower)
         near = held.value >= -_STEP * size * linalg.vector_norm(held.in_y, dim=1)
-        multipliers, nu = fit_multipliers(grad, held.in_y[near], equal.in_y)
-        grad = grad + held.in_y[near].T @ multipliers + equal.in_y.T @ nu
-    return float(value), _tree.length(grad)
+        fit = fit_multipliers(grad, held.in_y[near], equal.in_y)
+        grad = grad + held.in_y[near].T @ fit.inequality + equal.in_y.T @ fit.equality
+        is_fitted = fit.is_solved
+    return float(value), _tree.length(grad), is_fitted
 
 
 def _violations(
@@ -180,7 +186,7 @@ def _violations(
         held = linearize(fun, x, y, of_level)
         reach = linalg.vector_norm(held.in_x, dim=1) * units.x
         reach = reach + linalg.vector_norm(held.in_y, dim=1) * units.y
-        allowed = tolerance * torch.where(reach > 0.0, reach, torch.ones_like(reach))
+        allowed = tolerance * positive(reach)
         worst = int((amount / allowed).nan_to_num(math.inf).argmax())
         sentence = ""
         if not float(amount[worst]) <= float(allowed[worst]):

@@ -179,3 +179,15 @@ def test_certificate_on_an_accelerator_is_that_of_the_cpu() -> None:
             )
             assert here.is_trusted == there.is_trusted
             assert here.value_gap == pytest.approx(there.value_gap, abs=1e-9)
+
+
+def test_certificate_counts_the_local_solves_that_were_made() -> None:
+    # f is NaN for a negative y, where some of the starts lie
+    root = problem(lambda x, y, data: (y.sqrt() - (2.0 * x).sqrt()).pow(2).sum())
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(7, 1, generator=generator, dtype=torch.float64)
+    radii = 2.0 ** torch.arange(-2.0, 5.0, dtype=torch.float64)
+    skipped = int((Y + radii[:, None] * noise < 0.0).sum())
+    assert 0 < skipped < 7
+    text = bl.certify(root, X, Y).assumptions[0]
+    assert f"the lowest of {9 - skipped} local solves" in text

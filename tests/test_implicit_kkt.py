@@ -178,3 +178,14 @@ def test_x_and_y_of_different_dtypes(x_first: bool) -> None:
     assert found.status is bl.Status.CONVERGED
     assert (found.grad.dtype, found.y.dtype) == (x.dtype, y.dtype)
     torch.testing.assert_close(found.grad.double(), expected.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_constraint_that_is_nan_beyond_its_domain() -> None:
+    """y = max(x, 1): log y >= 0, which is NaN for a negative y."""
+    logarithm = projection(lower_constraint=lambda x, y, data: -y.log())
+    for start in (4.0, 1.5):
+        found = bl.hypergradient(logarithm, vector(-2.0, -1.0, 2.0), start + 0.0 * CENTER, KKT)
+        assert found.status is bl.Status.CONVERGED
+        torch.testing.assert_close(found.y, vector(1.0, 1.0, 2.0), atol=1e-8, rtol=0.0)
+    outside = bl.hypergradient(logarithm, vector(-2.0, -1.0, 2.0), -CENTER, KKT)
+    assert outside.status.is_failure

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import scipy.optimize
 import torch
 from torch import Tensor
 
@@ -289,3 +290,41 @@ def test_constrained_lower_minimum_of_zero_is_trusted(dtype: torch.dtype) -> Non
         )
         found = bl.certify(inside, torch.zeros(1, dtype=dtype), target)
         assert found.problems == ()
+
+
+def test_branch_whose_linear_program_is_not_solved_is_not_called_tested(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kinked = bl.BilevelProblem(  # y = max(x, 0); F = 2 y - x = |x|
+        lambda x, y, data: (2.0 * y - x).sum(),
+        lambda x, y, data: ((y - x) ** 2).sum(),
+        lower_constraint=lambda x, y, data: -y,
+    )
+    assert bl.certify(kinked, vector(0.0), vector(0.0)).tested != ()
+    failed = scipy.optimize.OptimizeResult(status=4, x=None, fun=None)
+    monkeypatch.setattr(scipy.optimize, "linprog", lambda *args, **options: failed)
+    found = bl.certify(kinked, vector(0.0), vector(0.0))
+    assert found.tested == ()
+    assert any("SciPy did not solve" in sentence for sentence in found.assumptions)
+
+
+def test_linear_program_with_a_derivative_that_is_not_finite_is_told() -> None:
+    infinite = bl.BilevelProblem(  # y = max(x, 0); the slope of F in x is infinite at 0
+        lambda x, y, data: (2.0 * y + x.abs().sqrt()).sum(),
+        lambda x, y, data: ((y - x) ** 2).sum(),
+        lower_constraint=lambda x, y, data: -y,
+    )
+    found = bl.certify(infinite, vector(0.0), vector(0.0))
+    assert any("SciPy did not solve" in sentence for sentence in found.assumptions)
+
+
+def test_multipliers_that_scipy_does_not_fit_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise RuntimeError("Maximum number of iterations reached.")
+
+    monkeypatch.setattr(scipy.optimize, "nnls", fail)
+    found = bl.certify(simplex(), *SIMPLEX_ANSWER)
+    assert found.problems == ()
+    assert found.hypergradient is None
+    for level in ("the upper level is stationary: SciPy did not fit", "the lower gradient (SciPy"):
+        assert any(level in sentence for sentence in found.assumptions)

@@ -14,18 +14,24 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bilevel import _autodiff, _tree
-from bilevel._errors import ObjectiveError
+from bilevel import _tree
 from bilevel._oracle import CountedGradient, Oracle
 from bilevel._problem import BilevelProblem, split_data
 from bilevel._solution import Status
-from bilevel.estimators._numpy import to_numpy
+from bilevel.estimators._constraints import (
+    Linearized,
+    constraint_values,
+    fit_multipliers,
+    linearize,
+    positive,
+)
+from bilevel.estimators._numpy import clipped, to_numpy
 
 linalg: Any = torch.linalg  # its stubs are untyped
 SINGULAR = 1e-10  # smallest over largest eigenvalue of what still counts as invertible
@@ -33,14 +39,6 @@ _SOLVED = 1e-6  # relative KKT residual from which the polishing counts as done
 _POLISHING = 40  # Newton steps at most
 _FAR = 1e8  # growth of |y| at which a minimum is not believed to exist
 _NEAR = 1e-4  # relative distance up to which SciPy's answer may be from a constraint that holds it
-
-
-class Linearized(NamedTuple):
-    """A constraint at a point."""
-
-    value: Tensor  # (k,)
-    in_x: Tensor  # (k, m)
-    in_y: Tensor  # (k, n)
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,6 @@ class KKTPoint:
         multipliers: Of h, shape (k,), >= 0.
         equality_multipliers: Of the equalities, shape (l,).
         active: Which of h hold y: those with a positive multiplier, shape (k,).
-        weak: Which of h are active with a multiplier of zero, shape (k,).
         residual: Largest violation of the KKT conditions, each relative to its own size.
         infeasibility: The part of `residual` that is due to the constraints.
         status: CONVERGED, LOWER_UNSOLVED, LOWER_UNBOUNDED, INFEASIBLE or NONFINITE.
@@ -64,38 +61,9 @@ class KKTPoint:
     multipliers: Tensor
     equality_multipliers: Tensor
     active: Tensor
-    weak: Tensor
     residual: float
     infeasibility: float
     status: Status
-
-
-def constraint_values(fun: Any, x: Tensor, y: Tensor, data: Any) -> Tensor:
-    """A constraint as a vector; of no entries where there is none.
-
-    Raises:
-        ObjectiveError: It returns no floating tensor.
-    """
-    if fun is None:
-        return y.new_zeros(0)
-    value = fun(x, y, data)
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise ObjectiveError(
-            "A constraint of a `BilevelProblem` must return a floating-point tensor. "
-            f"Got {got}. Compute it with torch, e.g. `torch.stack([...])`."
-        )
-    return value.reshape(-1).to(y.dtype)
-
-
-def linearize(fun: Any, x: Tensor, y: Tensor, data: Any) -> Linearized:
-    """A constraint and its derivatives in x and in y."""
-
-    def fixed(u: Tensor, v: Tensor) -> Tensor:
-        return constraint_values(fun, u, v, data)
-
-    value, (in_x, in_y) = _autodiff.jacobian(fixed, x, y)
-    return Linearized(value, in_x, in_y)
 
 
 class ConstrainedLower:
@@ -118,18 +86,9 @@ class ConstrainedLower:
             linearize(self._equality, self._x, y, self._data),
         )
 
-    def infeasibility(self, y: Tensor) -> float:
-        """The distance of y from the linearized constraints, relative to the unit of y."""
-        inequality, equality = self.constraints(y)
-        return max(
-            _largest(inequality.value.clamp(min=0.0) / self._reach(inequality)),
-            _largest(equality.value.abs() / self._reach(equality)),
-        )
-
     def _reach(self, constraint: Linearized) -> Tensor:
         """How much each entry changes over one unit of y, (k,)."""
-        change = linalg.vector_norm(constraint.in_y, dim=1) * self.size
-        return torch.where(change > 0.0, change, torch.ones_like(change))
+        return positive(linalg.vector_norm(constraint.in_y, dim=1) * self.size)
 
     def lagrangian(self, point: KKTPoint) -> CountedGradient:
         """The gradient of L in y at the point, with its products."""
@@ -183,7 +142,7 @@ class ConstrainedLower:
             point = torch.as_tensor(vector).to(y)
             value, grad = self._oracle.lower_grad_y(self._x, point)
             if not (math.isfinite(float(value)) and _tree.is_finite(grad)):
-                return 1e300, to_numpy(grad.nan_to_num(0.0))
+                return 1e300, clipped(grad)
             last = point
             if _tree.length(point) > far:
                 raise _FarAwayError
@@ -225,7 +184,8 @@ class ConstrainedLower:
     def _at(self, fun: Any, reach: Tensor, like: Tensor, vector: Any) -> tuple[Any, Any]:
         here = linearize(fun, self._x, torch.as_tensor(vector).to(like), self._data)
         value, in_y = here.value / reach, here.in_y / reach[:, None]
-        return to_numpy(value), to_numpy(in_y)
+        bad = torch.full_like(value, math.inf)  # a constraint that is NaN is violated
+        return clipped(torch.where(value.isnan(), bad, value)), clipped(in_y)
 
     def _polish(self, y: Tensor) -> KKTPoint:
         """Newton's method on the KKT equations; the active set follows the signs of lambda + c h."""
@@ -253,29 +213,32 @@ class ConstrainedLower:
         grad = self._oracle.lower_grad_y(self._x, y)[1]
         inequality, equality = self.constraints(y)
         near = inequality.value >= -_NEAR * self._reach(inequality)
-        found, nu = fit_multipliers(grad, inequality.in_y[near], equality.in_y)
+        fit = fit_multipliers(grad, inequality.in_y[near], equality.in_y)
         multipliers = torch.zeros_like(inequality.value)
-        multipliers[near] = found
-        return multipliers, nu
+        multipliers[near] = fit.inequality
+        return multipliers, fit.equality
 
     def _measured(self, y: Tensor, multipliers: Tensor, nu: Tensor) -> KKTPoint:
         """The point with its residual, and the active set that its signs tell."""
         value, grad = self._oracle.lower_grad_y(self._x, y)
         inequality, equality = self.constraints(y)
-        reach = self._reach(inequality)
         raw = KKTPoint(
-            y, float(value), multipliers, nu, multipliers > 0.0, multipliers < 0.0, math.inf, 0.0,
+            y,
+            float(value),
+            multipliers,
+            nu,
+            multipliers > 0.0,
+            math.inf,
+            0.0,
             Status.LOWER_UNSOLVED,
-        )  # fmt: skip
-        if not (math.isfinite(raw.value) and all(map(_tree.is_finite, (grad, multipliers, nu)))):
+        )
+        seen = (grad, multipliers, nu, inequality.value, equality.value)
+        if not (math.isfinite(raw.value) and all(map(_tree.is_finite, seen))):
             return replace(raw, status=Status.NONFINITE)
         linear = self.lagrangian(raw)
-        hessian = linear.hessian()
-        scale = max(_tree.length(grad), float(linalg.matrix_norm(hessian)) * self.size)
-        scale = scale or 1.0
+        scale = self._slope(grad, linear.hessian())
         stationarity = _tree.length(linear.grad) / scale
-        force = multipliers * reach / (scale * self.size)  # both in units, so that they compare
-        depth = inequality.value / reach
+        depth, force = self._depth_and_force(inequality, multipliers, scale)
         complementarity = _largest(torch.minimum(-depth, force).abs())
         infeasibility = max(
             _largest(depth.clamp(min=0.0)), _largest(equality.value.abs() / self._reach(equality))
@@ -286,21 +249,31 @@ class ConstrainedLower:
         return replace(
             raw,
             active=active,
-            weak=(depth.abs() <= _SOLVED) & (force.abs() <= _SOLVED),
             residual=residual,
             infeasibility=infeasibility,
             status=Status.CONVERGED if solved else Status.LOWER_UNSOLVED,
         )
 
+    def _slope(self, grad: Tensor, hessian: Tensor) -> float:
+        """The unit of a gradient in y: its size, or what the curvature makes of one unit of y."""
+        return max(_tree.length(grad), float(linalg.matrix_norm(hessian)) * self.size) or 1.0
+
+    def _depth_and_force(
+        self, inequality: Linearized, multipliers: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """The values of h and the multipliers, (k,), both in units, so that they compare."""
+        reach = self._reach(inequality)
+        return inequality.value / reach, multipliers * reach / (scale * self.size)
+
     def weakly_active(self, point: KKTPoint, tol: float) -> Tensor:
         """Which of h are within `tol` of being active with a zero multiplier, in units of each, (k,)."""
         inequality, _ = self.constraints(point.y)
+        if inequality.value.numel() == 0:
+            return point.active
         grad = self._oracle.lower_grad_y(self._x, point.y)[1]
-        hessian = self.lagrangian(point).hessian()
-        scale = max(_tree.length(grad), float(linalg.matrix_norm(hessian)) * self.size) or 1.0
-        reach = self._reach(inequality)
-        force = point.multipliers * reach / (scale * self.size)
-        return ((inequality.value / reach).abs() <= tol) & (force.abs() <= tol)
+        scale = self._slope(grad, self.lagrangian(point).hessian())
+        depth, force = self._depth_and_force(inequality, point.multipliers, scale)
+        return (depth.abs() <= tol) & (force.abs() <= tol)
 
     def _is_minimum(self, point: KKTPoint) -> bool:
         curvature = KKTSystem(self, point).curvature
@@ -354,8 +327,7 @@ class KKTSystem:
         self.hessian = self.linear.hessian()
         # rows in units of the Hessian, so that the condition number means something
         size = float(linalg.matrix_norm(self.hessian)) or 1.0
-        norms = linalg.vector_norm(self.rows, dim=1)
-        self._weights = size / torch.where(norms > 0.0, norms, torch.ones_like(norms))
+        self._weights = size / positive(linalg.vector_norm(self.rows, dim=1))
         scaled = self.rows * self._weights[:, None]
         corner = self.rows.new_zeros((self.rows.shape[0],) * 2)
         self.matrix = torch.cat(
@@ -363,7 +335,7 @@ class KKTSystem:
         )
         self._size = size
 
-    @property
+    @cached_property
     def curvature(self) -> float | None:
         if not _tree.is_finite(self.matrix):
             return -math.inf
@@ -413,37 +385,12 @@ class KKTSystem:
         return NewtonStep(solution[:n], multipliers, new[count:])
 
 
-def fit_multipliers(grad: Tensor, rows: Tensor, equality_rows: Tensor) -> tuple[Tensor, Tensor]:
-    r"""$\lambda \ge 0$ and $\nu$ that minimize $|g + A^\top \lambda + E^\top \nu|$.
-
-    Args:
-        grad: g, shape (n,).
-        rows: A, shape (k, n).
-        equality_rows: E, shape (l, n).
-    """
-    import scipy.optimize  # pyright: ignore[reportMissingTypeStubs]
-
-    optimize: Any = scipy.optimize
-    both = torch.cat([rows, equality_rows, -equality_rows])
-    norms = linalg.vector_norm(both, dim=1)
-    weights = 1.0 / torch.where(norms > 0.0, norms, torch.ones_like(norms))
-    if both.shape[0] == 0 or not (_tree.is_finite(both) and _tree.is_finite(grad)):
-        return rows.new_zeros(rows.shape[0]), rows.new_zeros(equality_rows.shape[0])
-    columns = to_numpy((both * weights[:, None]).T)
-    size = _tree.length(grad) or 1.0
-    found = optimize.nnls(columns, to_numpy(-grad / size), maxiter=30 * both.shape[0])[0]
-    found = torch.as_tensor(found).to(grad) * weights * size
-    k, count = rows.shape[0], equality_rows.shape[0]
-    return found[:k], found[k : k + count] - found[k + count :]
-
-
 def _null_space(rows: Tensor) -> Tensor:
     """An orthonormal basis of what is orthogonal to the rows, shape (n, n - rank)."""
     n = rows.shape[1]
     if rows.shape[0] == 0:
         return torch.eye(n, dtype=rows.dtype, device=rows.device)
-    norms = linalg.vector_norm(rows, dim=1, keepdim=True)
-    unit = rows / torch.where(norms > 0.0, norms, torch.ones_like(norms))
+    unit = rows / positive(linalg.vector_norm(rows, dim=1, keepdim=True))
     _, sizes, basis = linalg.svd(unit, full_matrices=True)
     rank = int((sizes > 1e-8).sum())
     return basis[rank:].T
@@ -469,7 +416,7 @@ def _largest(values: Tensor) -> float:
 def _without_answer(y: Tensor, status: Status) -> KKTPoint:
     none, no = y.new_zeros(0), y.new_zeros(0, dtype=torch.bool)
     value = -math.inf if status is Status.LOWER_UNBOUNDED else math.nan
-    return KKTPoint(y, value, none, none, no, no, math.inf, math.inf, status)
+    return KKTPoint(y, value, none, none, no, math.inf, math.inf, status)
 
 
 class _FarAwayError(Exception):

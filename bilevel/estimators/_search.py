@@ -87,7 +87,7 @@ class LowerSolver:
 def free_point(y: Tensor, value: float) -> KKTPoint:
     """A point of a lower problem without constraints."""
     none, no = y.new_zeros(0), y.new_zeros(0, dtype=torch.bool)
-    return KKTPoint(y, value, none, none, no, no, 0.0, 0.0, Status.CONVERGED)
+    return KKTPoint(y, value, none, none, no, 0.0, 0.0, Status.CONVERGED)
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Search:
         nearest: The solve from the point itself.
         lowest: The lowest minimum of f found.
         minima: All local solutions found, that from the point itself first.
-        starts: Number of starts.
+        starts: Number of local solves that were made.
         height: Largest |f| at a start.
         lower_size: How much f rises within one unit of y from its minimum.
         same: Values of f nearer to each other than this count as equal.
@@ -141,13 +141,14 @@ def search(oracle: Oracle, x: Tensor, y: Tensor, data: Any, size: float, sign: f
         starts = [*starts, _toward_upper(oracle, x, nearest.y, size, sign)]
     else:
         starts = starts[::3] if y.numel() <= _MEDIUM else []
-    found, lowest, height = [nearest], nearest, abs(nearest.value)
+    found, lowest, height, solves = [nearest], nearest, abs(nearest.value), 1
     for start in starts:
         value = float(oracle.lower(x, start))
         if not math.isfinite(value):
             continue
         height = max(height, abs(value)) if not solver.constrained else height
         local = solver.solve(start)
+        solves += 1
         if local.status is Status.LOWER_UNBOUNDED:
             lowest = local
             break
@@ -160,7 +161,7 @@ def search(oracle: Oracle, x: Tensor, y: Tensor, data: Any, size: float, sign: f
         nearest,
         lowest,
         tuple(found),
-        1 + len(starts),
+        solves,
         height,
         lower_size,
         same,

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from bilevel import _autodiff
-from bilevel.estimators._numpy import to_numpy
+from bilevel.estimators._numpy import clipped, to_numpy
 
-_HUGE = 1e30  # what SLSQP is told instead of infinity, of which it makes NaN
 _FAR = 1e8  # growth at which its answer is no longer one
 
 
@@ -112,7 +111,10 @@ class _Program:
 
     def values(self, w: Any) -> Any:
         self._at(w)
-        return to_numpy(self._map.value).clip(-_HUGE, _HUGE)
+        value: Tensor = self._map.value
+        bad = torch.full_like(value, -math.inf)  # a constraint that is NaN is violated
+        bad[0] = math.inf
+        return clipped(torch.where(value.isnan(), bad, value))
 
     def rows(self, rows: Any, plus: Any = 0.0) -> dict[str, Callable[[Any], Any]]:
         """Some of the outputs, and their derivatives, as SLSQP wants them."""
@@ -128,6 +130,6 @@ class _Program:
     def slopes(self, w: Any) -> Any:
         self._at(w)
         if self._slopes is None:
-            self._slopes = to_numpy(torch.cat(self._map.jacobian(), 1))
+            self._slopes = clipped(torch.cat(self._map.jacobian(), 1))
             self.slope_count += 1
         return self._slopes

@@ -24,15 +24,15 @@ from bilevel import _tree
 from bilevel._oracle import Oracle
 from bilevel._problem import Box, split_data
 from bilevel._solution import Status
-from bilevel.estimators._kkt import (
-    KKTPoint,
-    KKTSystem,
+from bilevel.estimators._constraints import (
     Linearized,
     constraint_values,
     fit_multipliers,
     linearize,
+    positive,
 )
-from bilevel.estimators._numpy import to_numpy
+from bilevel.estimators._kkt import KKTSystem
+from bilevel.estimators._linear_program import LinearProgram, Units
 from bilevel.estimators._search import Local, LowerSolver
 from bilevel.linear import CG
 
@@ -62,23 +62,6 @@ class Stationarity:
     problem: str
     tested: tuple[str, ...]
     assumptions: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Units:
-    """Sizes that make the tolerances relative.
-
-    Attributes:
-        x: The unit of x.
-        y: The unit of y.
-        upper: How much F changes within one unit of y.
-        step: The step of the test, in units of x and y.
-    """
-
-    x: float
-    y: float
-    upper: float
-    step: float
 
 
 class UpperLevel:
@@ -140,7 +123,7 @@ class UpperLevel:
         domain, x = self._oracle.problem.domain, self._x
         reach = self._units.step * math.sqrt(x.numel()) * self._units.x
         slopes = linalg.vector_norm(held, dim=1)
-        near = self._held.value >= -reach * torch.where(slopes > 0.0, slopes, 1.0)
+        near = self._held.value >= -reach * positive(slopes)
         low = high = torch.zeros_like(x, dtype=torch.bool)
         if isinstance(domain, Box):
             bounds = domain.bounds(x)
@@ -152,9 +135,14 @@ class UpperLevel:
         residual, weights, nu = pulled, held.new_zeros(held.shape[0]), equal.new_zeros(0)
         if bool(near.any()) or walls or equal.shape[0]:
             rows = torch.cat([held[near], *walls])
-            found, nu = fit_multipliers(pulled, rows, equal)
-            residual = pulled + rows.T @ found + equal.T @ nu
-            weights[near] = found[: int(near.sum())]
+            fit = fit_multipliers(pulled, rows, equal)
+            if not fit.is_solved:
+                return _untested(
+                    "the upper level is stationary: SciPy did not fit the multipliers of its constraints"
+                )
+            nu = fit.equality
+            residual = pulled + rows.T @ fit.inequality + equal.T @ nu
+            weights[near] = fit.inequality[: int(near.sum())]
         if domain is not None and not isinstance(domain, Box) and (held.shape[0] or nu.numel()):
             assumptions.append("the domain and the upper constraints do not hold x together")
         tested = ["the upper level is stationary along the implicit derivative of y"]
@@ -264,7 +252,7 @@ class UpperLevel:
             assumptions.append(
                 f"the upper level is stationary on the branches that were not tried: {why}"
             )
-        program = _LinearProgram(
+        program = LinearProgram(
             self._oracle, solver, system, self._local.point, self._x, self._units, self._data
         )
         program.upper(self._upper_x, self._upper_y, self._held, self._equal)
@@ -273,6 +261,10 @@ class UpperLevel:
             branch = dict(zip(chosen, active, strict=True))
             found = program.descend(branch, weak)
             if found is None:
+                assumptions.append(
+                    "the upper level is stationary on a branch of the complementarity conditions that was not "
+                    f"tested, since SciPy did not solve its linear program ({why})"
+                )
                 continue
             dx, dy, slope = found
             expected = self._units.step * slope
@@ -335,113 +327,6 @@ def _rivals(local: Local, others: Sequence[Local], size: float) -> list[Tensor]:
         if len(chosen) <= _RIVALS and all(_tree.length(other.y - y) > apart for y in chosen):
             chosen.append(other.y)
     return chosen[1:]
-
-
-class _LinearProgram:
-    """The problem linearized in x, y and the multipliers, on one branch of complementarity.
-
-    The variables are in units: x and y in theirs, each multiplier in that of its constraint.
-    """
-
-    def __init__(
-        self,
-        oracle: Oracle,
-        solver: LowerSolver,
-        system: KKTSystem,
-        point: KKTPoint,
-        x: Tensor,
-        units: Units,
-        data: Any,
-    ) -> None:
-        self._x, self._units, self._point = x, units, point
-        self._h, self._e = solver.kkt.constraints(point.y)
-        n = point.y.numel()
-        identity = torch.eye(n, dtype=point.y.dtype, device=x.device)
-        mixed = torch.stack([system.linear.mixed_vjp(row) for row in identity])  # (n, m)
-        force = torch.cat([self._h.in_y, self._e.in_y]).T  # (n, k + l)
-        self._force_size = _norms(force.T)
-        self._stationary = torch.cat(
-            [mixed * units.x, system.hessian * units.y, force / self._force_size], 1
-        )
-        self._domain = oracle.problem.domain
-
-    def upper(self, of_x: Tensor, of_y: Tensor, held: Linearized, equal: Linearized) -> None:
-        """Take F and the upper constraints."""
-        k = self._force_size.numel()
-        self._cost = torch.cat([of_x * self._units.x, of_y * self._units.y, of_x.new_zeros(k)])
-        self._upper = self._rows(held), -held.value.clamp(max=0.0) / self._units.step
-        self._upper_equal = self._rows(equal)
-
-    def _rows(self, constraint: Linearized) -> Tensor:
-        zeros = constraint.in_x.new_zeros((constraint.value.numel(), self._force_size.numel()))
-        in_x, in_y = constraint.in_x * self._units.x, constraint.in_y * self._units.y
-        return torch.cat([in_x, in_y, zeros], 1)
-
-    def descend(self, branch: dict[int, bool], weak: Tensor) -> tuple[Tensor, Tensor, float] | None:
-        """The steepest direction in x and y, and the slope of F along it; None where there is none."""
-        import scipy.optimize  # pyright: ignore[reportMissingTypeStubs]
-
-        optimize: Any = scipy.optimize
-        m, n, k = self._x.numel(), self._point.y.numel(), self._h.value.numel()
-        strong = self._point.active & ~weak
-        held = strong.clone()
-        for index, active in branch.items():
-            held[index] = active
-        h_rows = self._rows(self._h)
-        slack = -self._h.value.clamp(max=0.0) / self._units.step
-        slack = torch.where(weak, torch.zeros_like(slack), slack)
-        equalities = torch.cat(
-            [self._stationary, h_rows[held], self._rows(self._e), self._upper_equal]
-        )
-        inequalities = torch.cat([h_rows[~held], self._upper[0]])
-        limits = torch.cat([slack[~held], self._upper[1]])
-        bounds: list[tuple[float | None, float | None]] = self._x_bounds() + [(-1.0, 1.0)] * n
-        for i in range(self._force_size.numel()):
-            if i >= k or strong[i]:
-                bounds.append((None, None))
-            else:
-                bounds.append((0.0, None) if held[i] else (0.0, 0.0))
-        rows, right = _scaled(equalities, torch.zeros_like(equalities[:, 0]))
-        rows_ub, right_ub = _scaled(inequalities, limits)
-        size = float(self._cost.abs().max()) or 1.0
-        result = optimize.linprog(
-            to_numpy(self._cost / size),
-            A_ub=to_numpy(rows_ub) if rows_ub.shape[0] else None,
-            b_ub=to_numpy(right_ub) if rows_ub.shape[0] else None,
-            A_eq=to_numpy(rows) if rows.shape[0] else None,
-            b_eq=to_numpy(right) if rows.shape[0] else None,
-            bounds=bounds,
-            method="highs",
-        )
-        if result.status != 0:
-            return None
-        step = torch.as_tensor(result.x)
-        dx, dy = (
-            (step[:m] * self._units.x).to(self._x),
-            (step[m : m + n] * self._units.y).to(self._point.y),
-        )
-        return dx, dy, -float(result.fun) * size
-
-    def _x_bounds(self) -> list[tuple[float | None, float | None]]:
-        m = self._x.numel()
-        if not isinstance(self._domain, Box):
-            return [(-1.0, 1.0)] * m
-        low, high = self._domain.bounds(self._x)
-        per_step = self._units.step * self._units.x
-        down = ((low - self._x) / per_step).clamp(-1.0, 0.0).tolist()
-        up = ((high - self._x) / per_step).clamp(0.0, 1.0).tolist()
-        return list(zip(down, up, strict=True))
-
-
-def _norms(rows: Tensor) -> Tensor:
-    norms = linalg.vector_norm(rows, dim=1)
-    return torch.where(norms > 0.0, norms, torch.ones_like(norms))
-
-
-def _scaled(rows: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of length one: the linear program's tolerances are absolute."""
-    norms = _norms(rows)
-    return rows / norms[:, None], right / norms
 
 
 def _untested(sentence: str) -> Stationarity:
