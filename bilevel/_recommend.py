@@ -184,7 +184,7 @@ class _Probe:
             self.failure = Status.LOWER_UNBOUNDED.value
         elif status is None:
             self.failure = f"no lower solution was found from y ({found.nearest.status.value})"
-        limit = found.nearest.value + 1e-8 * found.height
+        limit = found.nearest.value + found.same
         apart = [
             _tree.length(other.y - found.nearest.y) / math.sqrt(y.numel())
             for other in found.minima[1:]

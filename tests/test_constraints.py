@@ -186,6 +186,16 @@ def test_maximum_of_an_unbounded_lower_level_is_no_answer() -> None:
     assert solution.status.is_failure
 
 
+@pytest.mark.parametrize("name", ["lower", "upper, coupled"])
+@pytest.mark.parametrize("x_first", [True, False])
+def test_x_and_y_may_differ_in_dtype(name: str, x_first: bool) -> None:
+    case = CASES[name]
+    x0, y0 = (case.x0.float(), case.y0) if x_first else (case.x0, case.y0.float())
+    solution = bl.solve(case.problem, bl.ASBLO(), x0, y0, max_steps=200)
+    assert (solution.x.dtype, solution.y.dtype) == (x0.dtype, y0.dtype)
+    torch.testing.assert_close(solution.x.double(), case.x, rtol=0.0, atol=1e-3)
+
+
 def test_variables_may_be_trees() -> None:
     case = CASES["lower equality"]
     plain = case.problem

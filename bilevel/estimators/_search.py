@@ -99,7 +99,6 @@ class Search:
         lowest: The lowest minimum of f found.
         minima: All local solutions found, that from the point itself first.
         starts: Number of local solves that were made.
-        height: Largest |f| at a start.
         lower_size: How much f rises within one unit of y from its minimum.
         same: Values of f nearer to each other than this count as equal.
         upper_size: How much F changes within one unit of y.
@@ -109,7 +108,6 @@ class Search:
     lowest: Local
     minima: tuple[Local, ...]
     starts: int
-    height: float
     lower_size: float
     same: float
     upper_size: float
@@ -129,7 +127,7 @@ def search(oracle: Oracle, x: Tensor, y: Tensor, data: Any, size: float, sign: f
     solver = LowerSolver(oracle, x, data, size)
     nearest = solver.solve(y)
     if nearest.status in (Status.NONFINITE, Status.LOWER_UNBOUNDED):
-        return Search(nearest, nearest, (nearest,), 1, 0.0, 0.0, 0.0, 0.0)
+        return Search(nearest, nearest, (nearest,), 1, 0.0, 0.0, 0.0)
     starts = _around(y, size)
     units = starts[:3]  # the radii up to one unit
     lower_size = _range([abs(float(oracle.lower(x, v)) - nearest.value) for v in units])
@@ -141,12 +139,11 @@ def search(oracle: Oracle, x: Tensor, y: Tensor, data: Any, size: float, sign: f
         starts = [*starts, _toward_upper(oracle, x, nearest.y, size, sign)]
     else:
         starts = starts[::3] if y.numel() <= _MEDIUM else []
-    found, lowest, height, solves = [nearest], nearest, abs(nearest.value), 1
+    found, lowest, solves = [nearest], nearest, 1
     for start in starts:
         value = float(oracle.lower(x, start))
         if not math.isfinite(value):
             continue
-        height = max(height, abs(value)) if not solver.constrained else height
         local = solver.solve(start)
         solves += 1
         if local.status is Status.LOWER_UNBOUNDED:
@@ -162,7 +159,6 @@ def search(oracle: Oracle, x: Tensor, y: Tensor, data: Any, size: float, sign: f
         lowest,
         tuple(found),
         solves,
-        height,
         lower_size,
         same,
         _range(changes),

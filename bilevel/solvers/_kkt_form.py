@@ -105,7 +105,9 @@ class KKTForm:
         def outputs(x: Tensor, y: Tensor, lam: Tensor, nu: Tensor) -> Tensor:
             lower = self._lower_value(x, y)
             h, h_equal = (self._constraint(c, x, y) for c in ("lower_constraint", "lower_equality"))
-            stationarity = _autodiff.differentiable_grad(lower + lam @ h + nu @ h_equal, y)
+            stationarity = _autodiff.differentiable_grad(
+                lower + (lam * h).sum() + (nu * h_equal).sum(), y
+            )
             return torch.cat(
                 [
                     (self._problem.upper(x, y, None) - height).reshape(1) / self._units.upper,

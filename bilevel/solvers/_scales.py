@@ -113,11 +113,12 @@ def _minimize_jointly(
     oracle: Oracle, domain: Projection | None, x: Tensor, y: Tensor
 ) -> tuple[Tensor, Tensor] | None:
     """The minimizer of F over x in B and all y, or None where F runs away."""
-    split = [x.numel(), y.numel()]
+
+    def parts(vector: Tensor) -> tuple[Tensor, Tensor]:
+        return vector[: x.numel()].to(x), vector[x.numel() :].to(y)
 
     def evaluate(vector: Tensor) -> Point:
-        u, v = torch.split(vector, split)
-        value, grad_x, grad_y = oracle.upper_grad(u, v)
+        value, grad_x, grad_y = oracle.upper_grad(*parts(vector))
         noise = torch.finfo(vector.dtype).eps * abs(float(value))
         return Point(vector, float(value), torch.cat([grad_x, grad_y]), noise)
 
@@ -136,7 +137,7 @@ def _minimize_jointly(
             return None
         if _tree.length(point.grad) <= 1e-6 * size:
             break
-    u, v = torch.split(point.y, split)
+    u, v = parts(point.y)
     return u.clone(), v.clone()
 
 

@@ -1,12 +1,10 @@
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from scenes import EXAMPLE, save, scene
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "echoir"
 sys.path.insert(0, str(EXAMPLE))  # the example's files import each other by their bare names
 
 
@@ -28,16 +26,3 @@ def folder(tmp_path):
     for i in range(5):
         save(path / f"photo{i}.png", scene(rng, 60 + i, 70))
     return path
-
-
-def scene(rng, height, width):
-    y, x = np.mgrid[:height, :width]
-    color = rng.uniform(40, 200, 3)
-    edge = 60 * (x * rng.uniform(-1, 1) + y * rng.uniform(-1, 1) > 0)
-    texture = 10 * np.sin(x * rng.uniform(0.2, 1)) * np.cos(y * rng.uniform(0.2, 1))
-    return (color + (edge + texture)[..., None]).clip(0, 255).astype(np.uint8)
-
-
-def save(path, image):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image).save(path)

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import EXAMPLE
 from model import ABLATIONS, PRESETS, EchoIR, EchoIRConfig, count
+from scenes import EXAMPLE
 
 # Ours exactly, then the paper's parameters (M) and FLOPs (G) and the tolerance of each.
 COUNTS = {

@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 import torch
-from conftest import save, scene
 from degradations import degradation
 from patches import PatchSampler
 from photographs import (
@@ -12,6 +11,7 @@ from photographs import (
     match_pairs,
     split,
 )
+from scenes import save, scene
 
 CPU = torch.device("cpu")
 

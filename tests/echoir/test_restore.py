@@ -5,11 +5,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from conftest import EXAMPLE, save, scene
 from degradations import degradation
 from model import EchoIR, EchoIRConfig
 from photographs import Photograph, load_image
 from PIL import Image
+from scenes import EXAMPLE, save, scene
 from scores import evaluate, luma, psnr, round8, score
 from tiles import restore, spans
 from weights import load_weights, save_weights

@@ -10,9 +10,9 @@ import torch
 from checkpoint import Checkpoint
 from checkpoint import load as load_checkpoint
 from checkpoint import save as save_checkpoint
-from conftest import EXAMPLE, save
 from PIL import Image
 from safetensors.torch import load_file
+from scenes import EXAMPLE, save
 from train import command_line
 
 import bilevel as bl
@@ -38,7 +38,7 @@ def rows(path):
 def finished(tmp_path_factory):
     """A short run with the baseline, on five small photographs."""
     import numpy as np
-    from conftest import scene
+    from scenes import scene
 
     folder = tmp_path_factory.mktemp("photographs")
     rng = np.random.default_rng(0)
