@@ -53,6 +53,42 @@ SOLVERS: dict[str, tuple[bl.Solver, list[Any] | None]] = {
         bl.HypergradientDescent(bl.Implicit(), upper_optimizer=sgd(0.03, momentum=0.5)),
         [None] * 200,
     ),
+    "F2SA": (bl.F2SA(), None),
+    "F3SA": (
+        bl.F2SA(
+            inner_steps=3,
+            momentum=0.9,
+            penalty=bl.schedules.geometric(0.1, 1.06),
+            upper_optimizer=sgd(0.03),
+            lower_optimizer=sgd(0.4),
+            value_optimizer=sgd(0.4),
+        ),
+        [None] * 150,
+    ),
+    "VPBGD": (bl.VPBGD(), None),
+    "BOME": (bl.BOME(), None),
+    "MEHA": (bl.MEHA(), None),
+    "SOBA": (bl.SOBA(), None),
+    "MA-SOBA": (
+        bl.SOBA(momentum=0.5, upper_optimizer=sgd(0.01), lower_optimizer=sgd(0.3)),
+        [None] * 200,
+    ),
+    "AmIGO": (bl.AmIGO(), None),
+    "StocBiO": (bl.StocBiO(), None),
+}
+
+#: By name, of the loops that move x by one step of first order: the error on a well-conditioned quadratic, and after
+#: how many steps. The value-function methods end with a bias of one over their last multiplier.
+SINGLE_LOOPS: dict[str, tuple[float, int]] = {
+    "F2SA": (3e-4, 200),
+    "F3SA": (8e-3, 150),
+    "VPBGD": (7e-2, 200),  # y takes one step where x does: large penalties take many
+    "BOME": (7e-2, 200),  # as VPBGD
+    "MEHA": (4e-2, 200),
+    "SOBA": (1e-4, 200),
+    "MA-SOBA": (1e-4, 200),
+    "AmIGO": (1e-5, 100),
+    "StocBiO": (1e-3, 100),  # its rtol
 }
 
 #: The zoo without the repeated starts and sizes: what a test can afford that is itself a product.

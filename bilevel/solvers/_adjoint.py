@@ -34,22 +34,16 @@ class Adjoint:
         self.lower, self.lower_y = self._linear.value, unravel_y(self._linear.grad)
 
     def residual(self, v: Tensor) -> Tensor:
-        """H v + grad_y F, whose secants show the norm of H; on batches, whose H differ, the product itself does."""
+        """H v + grad_y F. Differences of the products show the norm of H; on batches, whose H differ, each does."""
         product = self._linear.hvp(v)
-        residual = product + self.upper_y
-        self._walk.learn("hessian", "v", [self._walk.y, v], residual)
-        if not self._walk.memory["full_batch"]:
-            self._walk.hessian_is_at_least(_ratio(product, v))
-        return residual
+        self._walk.learn_hessian(v, product)
+        return product + self.upper_y
 
-    def contracted(self, r: Tensor, step_size: float) -> Tensor:
-        """(I - step_size H) r, the next term of a Neumann series.
-
-        The terms of a series that does not converge turn into the steepest direction, which the product shows.
-        """
-        product = self._linear.hvp(r)
-        self._walk.hessian_is_at_least(_ratio(product, r), forget=_FORGET)
-        return r - step_size * product
+    def hvp(self, v: Tensor) -> Tensor:
+        """H v, which shows the norm of H: a series that does not converge turns into the steepest direction."""
+        product = self._linear.hvp(v)
+        self._walk.hessian_is_at_least(_ratio(product, v), forget=_FORGET)
+        return product
 
     @property
     def step_size(self) -> float:

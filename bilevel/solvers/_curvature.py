@@ -14,7 +14,7 @@ _PROBES = (
     3  # steps of the power method: enough to see the steepest direction within a factor of two
 )
 _ROUNDING = 1e3  # times that of the point: a shorter step tells nothing
-_FORGET = 0.99  # of the steepest secant, each step: where curvature falls, the steps grow again
+FORGET = 0.98  # of the steepest secant, each step: where curvature falls, the steps grow again
 
 
 def probed(gradient: Callable[[Tree], Tree], y: Tree) -> float:
@@ -38,11 +38,13 @@ def probed(gradient: Callable[[Tree], Tree], y: Tree) -> float:
 
 
 def steepest(
-    so_far: float, before: tuple[Tree, Tree], now: tuple[Tree, Tree], *, forget: float = _FORGET
+    so_far: float, before: tuple[Tree, Tree], now: tuple[Tree, Tree], *, forget: float = 1.0
 ) -> float:
     """The larger of what is left of `so_far` and the secant between two pairs of point and gradient."""
     moved = _tree.length(_tree.axpy(-1.0, before[0], now[0]))
     turned = _tree.length(_tree.axpy(-1.0, before[1], now[1]))
     eps = max(torch.finfo(leaf.dtype).eps for leaf in _tree.leaves(now[0]))
-    secant = turned / moved if moved > _ROUNDING * eps * _tree.length(now[0]) else 0.0
+    if not moved > _ROUNDING * eps * _tree.length(now[0]):
+        return so_far
+    secant = turned / moved
     return max(forget * so_far, secant) if math.isfinite(secant) else so_far

@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from bilevel import _tree
-from bilevel._errors import check_kind
 from bilevel._oracle import Oracle
 from bilevel._problem import BilevelProblem, projected_by
 from bilevel._solution import Evaluations, State, Status
 from bilevel._types import Schedule, Tree
 from bilevel.optim.torch import Torch
 from bilevel.schedules import geometric, polynomial
-from bilevel.solvers._curvature import probed, steepest
+from bilevel.solvers._curvature import FORGET, probed, steepest
 
 FULL_BATCH = geometric(0.1, 1.1)  # stages wait for the residuals: no schedule of the step is needed
 ON_BATCHES = polynomial(0.1, -1.0, scale=10.0)
@@ -38,50 +37,6 @@ class Movers(NamedTuple):
     x: Torch | None
     y: Torch | None
     z: Torch | None = None
-
-
-def check_parts(solver: object, *, counts: tuple[str, ...] = ()) -> None:
-    """Raises unless the optimizers, `rtol`, and the named numbers of steps of a solver are in their range."""
-    name = type(solver).__name__
-    for part in ("upper_optimizer", "lower_optimizer", "value_optimizer"):
-        optimizer = getattr(solver, part, None)
-        if optimizer is not None:
-            mend = "Wrap the class, e.g. `Torch(torch.optim.Adam, lr=1e-3)`, or leave it out."
-            check_kind(f"{name}({part}=...)", optimizer, Torch, mend)
-    check_positive(solver, "rtol", "Use e.g. 1e-5.")
-    for part in counts:
-        value = getattr(solver, part)
-        check_kind(f"{name}({part}=...)", value, int, "Pass a whole number.")
-        if value < 1:
-            raise ValueError(
-                f"`{name}({part}=...)` must be at least 1. Got {part}={value}. Raise it."
-            )
-
-
-def check_positive(solver: object, part: str, mend: str) -> None:
-    """Raises unless a field of a solver is a finite number above 0."""
-    where, value = f"{type(solver).__name__}({part}=...)", getattr(solver, part)
-    check_kind(where, value, (float, int), mend)
-    if not (value > 0.0 and math.isfinite(value)):
-        raise ValueError(f"`{where}` must be a finite number > 0. Got {part}={value}. {mend}")
-
-
-def check_momentum(solver: object, momentum: float) -> None:
-    """Raises unless `momentum` is in [0, 1)."""
-    where = f"{type(solver).__name__}(momentum=...)"
-    if not 0.0 <= momentum < 1.0:
-        mend = "Use 0 for none, or e.g. 0.9."
-        raise ValueError(f"`{where}` must be in [0, 1). Got momentum={momentum}. {mend}")
-
-
-def check_schedule(solver: object, part: str) -> None:
-    """Raises unless a field of a solver is a schedule."""
-    schedule = getattr(solver, part)
-    if schedule is not None and not callable(schedule):
-        raise TypeError(
-            f"`{type(solver).__name__}({part}=...)` must be a schedule, a function of the step. Got {schedule!r}. "
-            f"Use e.g. `bilevel.schedules.constant({schedule!r})`."
-        )
 
 
 def init(
@@ -183,6 +138,7 @@ class Walk:
         self._optimizers = dict(state.memory["optimizers"])
         self._before: dict[str, Any] = dict(state.memory["before"])
         self._penalty = 1.0
+        self._learned: set[str] = set()
         self.spent = Evaluations()
 
     def penalty(self, schedule: Schedule | None) -> float:
@@ -209,8 +165,14 @@ class Walk:
             return
         now = ([self.x, point], grad)
         if key in self._before:
-            self._curvature[name] = steepest(self._curvature[name], self._before[key], now)
+            self._secant(name, self._before[key], now)
         self._before[key] = now
+
+    def _secant(self, name: str, before: tuple[Tree, Tree], now: tuple[Tree, Tree]) -> None:
+        """Take one secant into account; the first of a step lets a little of the steepest so far be forgotten."""
+        forget = 1.0 if name in self._learned else FORGET
+        self._learned.add(name)
+        self._curvature[name] = steepest(self._curvature[name], before, now, forget=forget)
 
     def moved(self, name: str, tree: Tree, grad: Tree, curvature: float) -> Tree:
         """`tree` after a step against `grad`, by the optimizer of that name or by one over `curvature`."""
@@ -273,6 +235,26 @@ class Walk:
         self.learn("lower", "f at y", self.y, lower_y)
         self.y = self.moved("y", self.y, lower_y, self._curvature["lower"])
 
+    def learn_hessian(self, v: Tensor, product: Tensor) -> None:
+        """Take the secant between this product with the lower Hessian and the last one as its norm.
+
+        The distance counts x and y too, in units of v: without that a change of the Hessian itself would
+        look like an infinite norm.
+        """
+        length = _tree.length(v)
+        if not self.memory["full_batch"]:
+            self.hessian_is_at_least(_tree.length(product) / length if length > 0.0 else 0.0)
+            return
+        point = [self.x, self.y]
+        if "v" in self._before:
+            before, v_before, product_before = self._before["v"]
+            moved = _tree.axpy(
+                -length / size(point), before, _tree.scale(length / size(point), point)
+            )
+            pair = ([_tree.zeros_like(moved), v_before], product_before), ([moved, v], product)
+            self._secant("hessian", *pair)
+        self._before["v"] = (point, v, product)
+
     def hessian_is_at_least(self, seen: float, *, forget: float = 1.0) -> None:
         """Take the norm of a product with the lower Hessian, over that of its vector, into account."""
         before = self._curvature["hessian"]
@@ -283,32 +265,38 @@ class Walk:
         """The largest norm of the lower Hessian that its products have shown of late."""
         return self._curvature["hessian"]
 
-    def move_x(self, grad: Tree, caution: float = 1.0) -> None:
-        """Move x against the hypergradient, and back into its domain.
-
-        Without an optimizer by a measured step, divided by `caution` where y and the linear system follow in one step
-        each, and would lag behind.
-        """
+    def move_x(self, grad: Tree, *, caution: float = 1.0) -> None:
+        """Move x against the hypergradient, and back into its domain."""
         before = self.x
         if self._movers.x is None:
-            self.x = _tree.axpy(-self._upper_rate(grad) / caution, grad, self.x)
+            self.memory["rate_x"] = self._upper_rate(grad) / caution
+            self.x = _tree.axpy(-self.memory["rate_x"], grad, self.x)
         else:
             self.x = self.moved("x", self.x, grad, 1.0)
         self.x = projected_by(self._problem.domain, self.x)
         if self._movers.x is None:
             self._before["hypergradient"] = (before, grad)
 
+    def rates(self, weight: float) -> tuple[float, float]:
+        """How far x and y moved in this step along a gradient of length one."""
+        if self._movers.x is None:
+            rate = self.memory["rate_x"]
+        else:
+            rate = self._movers.x.rate(self._optimizers["x"]["count"] - 1)
+        return rate, 1.0 / (self.curvature("upper") + weight * self.curvature("lower"))
+
     def _upper_rate(self, grad: Tree) -> float:
         """One over the steepest secant of the hypergradient of late; no step is longer than x."""
         slope, length = _tree.length(grad), size(self.x)
-        if "hypergradient" not in self._before:
+        if "hypergradient" not in self._before or self._curvature["x"] == 0.0:
             self._curvature["x"] = slope / (_FIRST_STEP * length)
         else:
             before = self._before["hypergradient"]
-            self._curvature["x"] = steepest(
-                self._curvature["x"], before, (self.x, grad), forget=0.9
-            )
-        return 1.0 / max(self._curvature["x"], slope / length) if slope > 0.0 else 0.0
+            known = (
+                0.9 * self._curvature["x"]
+            )  # forgotten even where x hardly moved: it is to move again
+            self._curvature["x"] = max(known, steepest(known, before, (self.x, grad)))
+        return 1.0 / max(self._curvature["x"], slope / length) if slope > 0.0 else 1.0
 
     def end(self, residuals: Residuals, rtol: float, metrics: Mapping[str, Any]) -> State:
         """The state after this step: running, converged, or the one before with the reason of a failure."""

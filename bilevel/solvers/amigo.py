@@ -13,7 +13,7 @@ from bilevel._solution import State
 from bilevel._types import Tree
 from bilevel.estimators import refuse_constraints
 from bilevel.optim.torch import Torch
-from bilevel.solvers import _walk
+from bilevel.solvers import _fields, _walk
 from bilevel.solvers._adjoint import Adjoint
 from bilevel.solvers._base import Solver
 from bilevel.solvers._walk import Movers, Walk
@@ -68,7 +68,7 @@ class AmIGO(Solver):
     rtol: float = 1e-6
 
     def __post_init__(self) -> None:
-        _walk.check_parts(self, counts=("lower_steps", "linear_steps"))
+        _fields.check_parts(self, counts=("lower_steps", "linear_steps"))
 
     def init(
         self, problem: BilevelProblem, x0: Tree, y0: Tree, data: Any, *, full_batch: bool

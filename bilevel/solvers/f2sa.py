@@ -14,7 +14,7 @@ from bilevel._solution import State
 from bilevel._types import Schedule, Tree
 from bilevel.estimators import refuse_constraints
 from bilevel.optim.torch import Torch
-from bilevel.solvers import _walk
+from bilevel.solvers import _fields, _walk
 from bilevel.solvers._base import Solver
 from bilevel.solvers._walk import Movers, Residuals, Walk
 
@@ -76,9 +76,9 @@ class F2SA(Solver):
     rtol: float = 1e-4
 
     def __post_init__(self) -> None:
-        _walk.check_parts(self, counts=("inner_steps",))
-        _walk.check_schedule(self, "penalty")
-        _walk.check_momentum(self, self.momentum)
+        _fields.check_parts(self, counts=("inner_steps",))
+        _fields.check_schedule(self, "penalty")
+        _fields.check_momentum(self, self.momentum)
 
     def _movers(self) -> Movers:
         return Movers(self.upper_optimizer, self.lower_optimizer, self.value_optimizer)

@@ -11,7 +11,7 @@ from bilevel._solution import State
 from bilevel._types import Schedule, Tree
 from bilevel.estimators import refuse_constraints
 from bilevel.optim.torch import Torch
-from bilevel.solvers import _walk
+from bilevel.solvers import _fields, _walk
 from bilevel.solvers._base import Solver
 from bilevel.solvers._walk import Movers, Residuals, Walk
 
@@ -71,9 +71,9 @@ class MEHA(Solver):
     rtol: float = 1e-4
 
     def __post_init__(self) -> None:
-        _walk.check_parts(self)
-        _walk.check_schedule(self, "penalty")
-        _walk.check_positive(self, "gamma", "Use e.g. 10, or 0.5 where f is not convex.")
+        _fields.check_parts(self)
+        _fields.check_schedule(self, "penalty")
+        _fields.check_positive(self, "gamma", "Use e.g. 10, or 0.5 where f is not convex.")
 
     def _movers(self) -> Movers:
         return Movers(self.upper_optimizer, self.lower_optimizer, self.value_optimizer)

@@ -13,12 +13,12 @@ from bilevel._solution import State
 from bilevel._types import Tree
 from bilevel.estimators import refuse_constraints
 from bilevel.optim.torch import Torch
-from bilevel.solvers import _walk
+from bilevel.solvers import _fields, _walk
 from bilevel.solvers._adjoint import Adjoint
 from bilevel.solvers._base import Solver
 from bilevel.solvers._walk import Movers, Walk
 
-_CAUTION = 30.0  # x waits so much longer for y and v, which take one step where it takes one
+_CAUTION = 4.0  # x moves before y and v have answered: its measured steps are this much shorter
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,11 @@ class SOBA(Solver):
     momentum: float = 0.0
     upper_optimizer: Torch | None = None
     lower_optimizer: Torch | None = None
-    rtol: float = 1e-6
+    rtol: float = 1e-5
 
     def __post_init__(self) -> None:
-        _walk.check_parts(self)
-        _walk.check_momentum(self, self.momentum)
+        _fields.check_parts(self)
+        _fields.check_momentum(self, self.momentum)
 
     def init(
         self, problem: BilevelProblem, x0: Tree, y0: Tree, data: Any, *, full_batch: bool
@@ -98,5 +98,5 @@ class SOBA(Solver):
             average = state.memory.get("average", direction_x)
             step = _tree.axpy(self.momentum, average, _tree.scale(1.0 - self.momentum, direction_x))
             walk.memory["average"] = step
-        walk.move_x(step, _CAUTION)
+        walk.move_x(step, caution=_CAUTION)
         return adjoint.end(direction_x, _tree.norm(direction_v), self.rtol)

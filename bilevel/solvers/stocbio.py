@@ -13,7 +13,7 @@ from bilevel._solution import State
 from bilevel._types import Tree
 from bilevel.estimators import refuse_constraints
 from bilevel.optim.torch import Torch
-from bilevel.solvers import _walk
+from bilevel.solvers import _fields, _walk
 from bilevel.solvers._adjoint import Adjoint
 from bilevel.solvers._base import Solver
 from bilevel.solvers._walk import Movers, Walk
@@ -60,7 +60,7 @@ class StocBiO(Solver):
 
     Note:
         The paper draws samples for each factor of the series; here all see the batch of the step. $\eta$ is one over
-        the norm that the products with the Hessian show.
+        the norm that the products with the Hessian show, the one of the term included.
     """
 
     lower_steps: int = 10
@@ -70,7 +70,7 @@ class StocBiO(Solver):
     rtol: float = 1e-4
 
     def __post_init__(self) -> None:
-        _walk.check_parts(self, counts=("lower_steps", "linear_steps"))
+        _fields.check_parts(self, counts=("lower_steps", "linear_steps"))
 
     def init(
         self, problem: BilevelProblem, x0: Tree, y0: Tree, data: Any, *, full_batch: bool
@@ -86,11 +86,12 @@ class StocBiO(Solver):
         for _ in range(self.lower_steps):
             walk.descend(walk.oracle.lower_grad_y(walk.x, walk.y)[1])
         adjoint = Adjoint(walk, problem, data)
-        eta, residual = adjoint.step_size, adjoint.upper_y
+        residual = adjoint.upper_y
         v = torch.zeros_like(residual)
         for _ in range(self.linear_steps):  # residual = (I - eta H)^q grad_y F
-            v = v - eta * residual
-            residual = adjoint.contracted(residual, eta)
+            product = adjoint.hvp(residual)
+            eta = adjoint.step_size
+            v, residual = v - eta * residual, residual - eta * product
         hypergradient = adjoint.hypergradient(v)
         walk.move_x(hypergradient)
         return adjoint.end(hypergradient, _tree.norm(residual), self.rtol)

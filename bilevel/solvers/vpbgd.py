@@ -11,7 +11,7 @@ from bilevel._solution import State
 from bilevel._types import Schedule, Tree
 from bilevel.estimators import refuse_constraints
 from bilevel.optim.torch import Torch
-from bilevel.solvers import _walk
+from bilevel.solvers import _fields, _walk
 from bilevel.solvers._base import Solver
 from bilevel.solvers._walk import Movers, Residuals, Walk
 
@@ -69,8 +69,8 @@ class VPBGD(Solver):
     rtol: float = 1e-4
 
     def __post_init__(self) -> None:
-        _walk.check_parts(self, counts=("value_steps",))
-        _walk.check_schedule(self, "penalty")
+        _fields.check_parts(self, counts=("value_steps",))
+        _fields.check_schedule(self, "penalty")
 
     def _movers(self) -> Movers:
         return Movers(self.upper_optimizer, self.lower_optimizer, self.value_optimizer)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import ESTIMATORS, SOLVERS
+from cases import ESTIMATORS, SINGLE_LOOPS, SOLVERS
 from torch import Tensor
 
 import bilevel as bl
@@ -26,10 +26,17 @@ def test_estimator_keeps_the_contract(name: str) -> None:
     check_hypergradient_estimator(estimator, rtol=rtol)
 
 
-@pytest.mark.parametrize("name", list(SOLVERS))
+@pytest.mark.parametrize("name", [name for name in SOLVERS if name not in SINGLE_LOOPS])
 def test_solver_keeps_the_contract(name: str) -> None:
     solver, batches = SOLVERS[name]
     check_solver(solver, batches=batches, problems=[problems.quadratic()])
+
+
+@pytest.mark.parametrize("name", list(SINGLE_LOOPS))
+def test_single_loop_keeps_the_contract(name: str) -> None:
+    (solver, batches), (tolerance, steps) = SOLVERS[name], SINGLE_LOOPS[name]
+    case = replace(problems.quadratic(3, 4, condition=2.0), tolerance=tolerance)
+    check_solver(solver, batches=batches, problems=[case], max_steps=steps)
 
 
 @dataclass(frozen=True)
