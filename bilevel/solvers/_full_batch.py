@@ -48,6 +48,8 @@ _AROUND = (0.3, 1.0, 1.0, 3.0)  # distances of the starts of the search for a be
 _ROUNDS = 6  # cuts at most from one start
 _CUTS = 6  # kept at most, the newest
 _ENDED_WITH_AN_ANSWER = (Status.CONVERGED, Status.LOWER_UNSOLVED, Status.STALLED)
+_APART = 1e-3  # of the size of y: how far another basin is
+_TIE = 1e-9  # in units of f: by how much the minimum there may be lower
 _VIOLATION, _GAP = 1e-7, 1e-7  # of an answer that holds, in units of the constraints and of f
 
 
@@ -61,6 +63,7 @@ class Answer(NamedTuple):
         lower: f there.
         gap: Value gap beyond the rounding error of f, in units of f.
         violation: Of the constraints, in their units.
+        is_overtaken: Whether another basin of f is the lower one, by more than SLSQP leaves a cut violated.
     """
 
     x: Tensor
@@ -69,11 +72,12 @@ class Answer(NamedTuple):
     lower: float
     gap: float
     violation: float
+    is_overtaken: bool
 
     @property
     def holds(self) -> bool:
         """Whether y is a lower solution and the constraints hold."""
-        return self.violation <= _VIOLATION and self.gap <= _GAP
+        return self.violation <= _VIOLATION and self.gap <= _GAP and not self.is_overtaken
 
     def is_better_than(self, other: Answer | None) -> bool:
         """Whether this one holds and has the smaller F, or is nearer to holding."""
@@ -237,8 +241,10 @@ def _judged(
     # what rounding can explain is no gap; without any feasible lower point, no y is a solution
     known = math.isfinite(lower) and drop > -math.inf
     gap = max(0.0, drop - form.noise(lower, y.dtype)) if known else math.inf
-    answer = Answer(x, y, float(oracle.upper(x, y)), lower, gap, form.violation(x, y))
-    return answer, where if _GAP < gap < math.inf else None
+    is_other = _tree.length(where - y) > _APART * size * math.sqrt(y.numel())
+    overtaken = is_other and gap > _TIE
+    answer = Answer(x, y, float(oracle.upper(x, y)), lower, gap, form.violation(x, y), overtaken)
+    return answer, where if (overtaken or gap > _GAP) and gap < math.inf else None
 
 
 def _noise(like: Tensor, generator: torch.Generator) -> Tensor:

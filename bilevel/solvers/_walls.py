@@ -7,7 +7,7 @@ continued by a parabola, so that a start outside is pushed in; an equality has a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -54,12 +54,19 @@ def measure(oracle: Oracle, x: Tensor, y: Tensor) -> Units:
             slopes: Any = (torch.cat(blocks, 1) ** 2).sum(1)
             size = torch.maximum(value.abs(), reach * slopes.sqrt())
             sizes[name] = torch.where(size > 0.0, size, torch.ones_like(size))
-    slopes = [
-        math.hypot(*map(_tree.length, at[1:]))
-        for at in (oracle.upper_grad(x, y), oracle.lower_grad(x, y))
-    ]
-    upper, lower = (reach * slope if 0.0 < slope < math.inf else 1.0 for slope in slopes)
+    # where a gradient happens to vanish, one beside the point tells
+    beside = [v + math.sqrt(reach) * torch.cos(torch.arange(v.numel()).to(v)) for v in (x, y)]
+    upper, lower = (
+        reach * (_slope(gradient, x, y) or _slope(gradient, *beside) or 1.0)
+        for gradient in (oracle.upper_grad, oracle.lower_grad)
+    )
     return Units(upper, lower, sizes)
+
+
+def _slope(gradient: Callable[[Tensor, Tensor], tuple[Tensor, ...]], x: Tensor, y: Tensor) -> float:
+    """The norm of the gradient, 0 where it is not finite."""
+    slope = math.hypot(*map(_tree.length, gradient(x, y)[1:]))
+    return slope if math.isfinite(slope) else 0.0
 
 
 def walled(problem: BilevelProblem, units: Units, stage: int) -> BilevelProblem:
