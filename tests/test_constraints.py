@@ -270,7 +270,7 @@ def test_many_variables_follow_the_path_alone() -> None:
         warnings.simplefilter("ignore", bl.BilevelWarning)
         solution = bl.solve(problem, bl.ASBLO(), x0, x0.expand(n).clone(), max_steps=300)
     assert "next" not in solution.state.memory
-    torch.testing.assert_close(solution.x, torch.ones_like(x0), rtol=0.0, atol=1e-2)
+    torch.testing.assert_close(solution.x, torch.ones_like(x0), rtol=0.0, atol=5e-2)
     assert float(solution.y.max()) <= 1.0
 
 
