@@ -182,6 +182,15 @@ MISTAKES: dict[str, tuple[Callable[[], object], type[Exception], list[str]]] = {
         ValueError,
         ["must be a `Torch` where batches are given", "Got QuasiNewton", "Use"],
     ),
+    "a constraint that is a condition": (
+        solve(lower_constraint=lambda x, y, d: y < 1.0),
+        bl.ObjectiveError,
+        [
+            "`BilevelProblem(lower_constraint=...)` must return a floating",
+            "Got torch.bool",
+            "y - 1.0",
+        ],
+    ),
     "a constraint on batches": (
         lambda: bl.solve(
             bl.BilevelProblem(upper, lower, lower_constraint=lambda x, y, d: y - 1.0),

@@ -207,6 +207,15 @@ def check_problem(problem: BilevelProblem, x: Tree, y: Tree, data: Any) -> Evalu
             f"Got no dependence on {_leaf_names('y0', y, unused_in_lower[1])}. "
             "Use it in the lower objective, or leave it out of y0."
         )
+    for name in CONSTRAINTS:
+        fun, of_level = getattr(problem, name), parts[0 if name.startswith("upper") else 1]
+        value = None if fun is None else fun(_tree.detach(x), _tree.detach(y), of_level)
+        if fun is not None and not (isinstance(value, Tensor) and value.is_floating_point()):
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise ObjectiveError(
+                f"`BilevelProblem({name}=...)` must return a floating-point tensor, feasible where "
+                f"{'== 0' if name.endswith('equality') else '<= 0'}. Got {got}. Return e.g. `y - 1.0`, not `y < 1.0`."
+            )
     nowhere = [i for i in unused_in_upper[0] if i in unused_in_lower[0]]
     for name in CONSTRAINTS if nowhere else ():
         fun, of_level = getattr(problem, name), parts[0 if name.startswith("upper") else 1]
