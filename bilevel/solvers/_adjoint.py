@@ -42,7 +42,7 @@ class Adjoint:
     def hvp(self, v: Tensor) -> Tensor:
         """H v, which shows the norm of H: a series that does not converge turns into the steepest direction."""
         product = self._linear.hvp(v)
-        self._walk.hessian_is_at_least(_ratio(product, v), forget=_FORGET)
+        self._walk.bound_hessian(v, product, forget=_FORGET)
         return product
 
     @property
@@ -69,8 +69,3 @@ class Adjoint:
             "linear_residual": residual,
         }
         return walk.end(residuals, rtol, metrics)
-
-
-def _ratio(product: Tensor, vector: Tensor) -> float:
-    length = _tree.length(vector)
-    return _tree.length(product) / length if length > 0.0 else 0.0

@@ -10,11 +10,15 @@ import torch
 from bilevel import _tree
 from bilevel._types import Tree
 
-_PROBES = (
-    3  # steps of the power method: enough to see the steepest direction within a factor of two
-)
+#: Steps of the power method: enough to see the steepest direction within a factor of two.
+_PROBES = 3
 _ROUNDING = 1e3  # times that of the point: a shorter step tells nothing
 FORGET = 0.98  # of the steepest secant, each step: where curvature falls, the steps grow again
+
+
+def size(tree: Tree) -> float:
+    """The length of a variable, that of a vector of ones at least."""
+    return max(_tree.length(tree), math.sqrt(_tree.size(tree)))
 
 
 def probed(gradient: Callable[[Tree], Tree], y: Tree) -> float:
@@ -23,8 +27,7 @@ def probed(gradient: Callable[[Tree], Tree], y: Tree) -> float:
     It takes four gradients. 0 where the gradient does not change; NaN or infinity where it is not finite.
     """
     at_y = gradient(y)
-    length = max(_tree.length(y), math.sqrt(_tree.size(y)))
-    h = length * max(torch.finfo(leaf.dtype).eps for leaf in _tree.leaves(y)) ** (1.0 / 3.0)
+    h = size(y) * max(torch.finfo(leaf.dtype).eps for leaf in _tree.leaves(y)) ** (1.0 / 3.0)
     direction, found = at_y, 0.0
     for _ in range(_PROBES):
         norm = _tree.length(direction)

@@ -7,11 +7,13 @@ import math
 from bilevel._errors import check_kind
 from bilevel.optim.torch import Torch
 
+OPTIMIZERS = ("upper_optimizer", "lower_optimizer", "value_optimizer")  # of x, y and z
+
 
 def check_parts(solver: object, *, counts: tuple[str, ...] = ()) -> None:
     """Raises unless the optimizers, `rtol`, and the named numbers of steps of a solver are in their range."""
     name = type(solver).__name__
-    for part in ("upper_optimizer", "lower_optimizer", "value_optimizer"):
+    for part in OPTIMIZERS:
         optimizer = getattr(solver, part, None)
         if optimizer is not None:
             mend = "Wrap the class, e.g. `Torch(torch.optim.Adam, lr=1e-3)`, or leave it out."

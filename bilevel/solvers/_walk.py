@@ -1,7 +1,7 @@
 """What the single loops share: how x, y and z move in one step, and when a run ends.
 
 A variable moves by the optimizer that the user gave. Without one it moves by its gradient over its
-curvature on the full batch, and by Adam on batches, whose noise no curvature can be read from.
+curvature on the full batch, and by Adam on batches.
 """
 
 from __future__ import annotations
@@ -21,79 +21,15 @@ from bilevel._solution import Evaluations, State, Status
 from bilevel._types import Schedule, Tree
 from bilevel.optim.torch import Torch
 from bilevel.schedules import geometric, polynomial
-from bilevel.solvers._curvature import FORGET, probed, steepest
+from bilevel.solvers._base import Solver
+from bilevel.solvers._curvature import FORGET, size, steepest
+from bilevel.solvers._walk_start import Movers
 
 FULL_BATCH = geometric(0.1, 1.1)  # stages wait for the residuals: no schedule of the step is needed
 ON_BATCHES = polynomial(0.1, -1.0, scale=10.0)
-_ADAM = Torch(torch.optim.Adam, lr=1e-3)
 _FIRST_STEP = 0.1  # of the size of x: the only step before a secant of the hypergradient is known
 _FAR = 1e10  # growth of a variable at which its minimum is not believed to exist
 _FLOOR = 1e-3  # of the steepest F so far: F may be flat at the answer
-
-
-class Movers(NamedTuple):
-    """The optimizers that the user gave, None for the mode's own steps."""
-
-    x: Torch | None
-    y: Torch | None
-    z: Torch | None = None
-
-
-def init(
-    movers: Movers,
-    problem: BilevelProblem,
-    x0: Tree,
-    y0: Tree,
-    data: Any,
-    *,
-    full_batch: bool,
-    extra: Mapping[str, Any],
-) -> State:
-    """Measure curvatures and the unit of the penalty at the start: 5 gradients of f and 5 of F.
-
-    The unit is the weight of f at which it holds y against F: with it, a penalty of 100 lets F move y by a
-    hundredth of its size, whatever the units of F, f and y.
-    """
-    x, y = projected_by(problem.domain, _tree.detach(x0)), _tree.detach(y0)
-    oracle = Oracle(problem, data)
-    _, upper_x, upper_y = oracle.upper_grad(x, y)
-    lower = probed(lambda v: oracle.lower_grad_y(x, v)[1], y)
-    upper = probed(lambda v: oracle.upper_grad_y(x, v)[1], y)
-    size_y = size(y)
-    slopes = [_tree.length(upper_x), _tree.length(upper_y)]
-    finite = all(map(math.isfinite, (*slopes, upper, lower)))
-    optimizers = {"x": movers.x, "y": movers.y, "z": movers.z}
-    if not full_batch:
-        optimizers = {name: given or _ADAM for name, given in optimizers.items()}
-    lower = lower or 1.0
-    variables = {"x": x, "y": y, "z": y}
-    return State(
-        x=x,
-        y=y,
-        status=Status.RUNNING if finite else Status.NONFINITE,
-        message="" if finite else f"{Status.NONFINITE.value} (at x0, y0)",
-        memory={
-            "full_batch": full_batch,
-            "stage": 0,
-            "unit": (slopes[1] / size_y + upper) / lower or 1.0,
-            "curvature": {"upper": upper, "lower": lower, "hessian": lower},
-            "before": {},
-            "optimizers": {
-                name: given.init(_tree.leaves(variables[name]))
-                for name, given in optimizers.items()
-                if given is not None
-            },
-            "steepest": math.hypot(*slopes),
-            "reach": [size(x), size_y],
-            **extra,
-        },
-        evaluations=oracle.evaluations,
-    )
-
-
-def size(tree: Tree) -> float:
-    """The length of a variable, that of a vector of ones at least."""
-    return max(_tree.length(tree), math.sqrt(_tree.size(tree)))
 
 
 class Residuals(NamedTuple):
@@ -126,14 +62,12 @@ class Walk:
         spent: Evaluations by other oracles than this one.
     """
 
-    def __init__(self, movers: Movers, problem: BilevelProblem, state: State, data: Any) -> None:
+    def __init__(self, solver: Solver, problem: BilevelProblem, state: State, data: Any) -> None:
         self.oracle = Oracle(problem, data)
         self.x, self.y = state.x, state.y
         self.memory = dict(state.memory)
         self._problem, self._state = problem, state
-        self._movers = movers
-        if not self.memory["full_batch"]:
-            self._movers = Movers(*(given or _ADAM for given in movers))
+        self._movers = Movers.of(solver, full_batch=self.memory["full_batch"])
         self._curvature = dict(state.memory["curvature"])
         self._optimizers = dict(state.memory["optimizers"])
         self._before: dict[str, Any] = dict(state.memory["before"])
@@ -243,7 +177,7 @@ class Walk:
         """
         length = _tree.length(v)
         if not self.memory["full_batch"]:
-            self.hessian_is_at_least(_tree.length(product) / length if length > 0.0 else 0.0)
+            self.bound_hessian(v, product)
             return
         point = [self.x, self.y]
         if "v" in self._before:
@@ -255,8 +189,10 @@ class Walk:
             self._secant("hessian", *pair)
         self._before["v"] = (point, v, product)
 
-    def hessian_is_at_least(self, seen: float, *, forget: float = 1.0) -> None:
+    def bound_hessian(self, v: Tensor, product: Tensor, *, forget: float = 1.0) -> None:
         """Take the norm of a product with the lower Hessian, over that of its vector, into account."""
+        length = _tree.length(v)
+        seen = _tree.length(product) / length if length > 0.0 else 0.0
         before = self._curvature["hessian"]
         self._curvature["hessian"] = max(forget * before, seen) if math.isfinite(seen) else before
 

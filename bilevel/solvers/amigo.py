@@ -11,12 +11,11 @@ from bilevel import _tree
 from bilevel._problem import BilevelProblem
 from bilevel._solution import State
 from bilevel._types import Tree
-from bilevel.estimators import refuse_constraints
 from bilevel.optim.torch import Torch
-from bilevel.solvers import _fields, _walk
+from bilevel.solvers import _fields, _walk_start
 from bilevel.solvers._adjoint import Adjoint
 from bilevel.solvers._base import Solver
-from bilevel.solvers._walk import Movers, Walk
+from bilevel.solvers._walk import Walk
 
 
 @dataclass(frozen=True)
@@ -74,14 +73,12 @@ class AmIGO(Solver):
         self, problem: BilevelProblem, x0: Tree, y0: Tree, data: Any, *, full_batch: bool
     ) -> State:
         """See `Solver.init`."""
-        refuse_constraints(problem, "AmIGO")
-        movers = Movers(self.upper_optimizer, self.lower_optimizer)
         extra = {"v": torch.zeros_like(_tree.ravel(y0)[0])}
-        return _walk.init(movers, problem, x0, y0, data, full_batch=full_batch, extra=extra)
+        return _walk_start.init(self, problem, x0, y0, data, full_batch=full_batch, extra=extra)
 
     def step(self, problem: BilevelProblem, state: State, data: Any) -> State:
         """See `Solver.step`."""
-        walk = Walk(Movers(self.upper_optimizer, self.lower_optimizer), problem, state, data)
+        walk = Walk(self, problem, state, data)
         for _ in range(self.lower_steps):
             walk.descend(walk.oracle.lower_grad_y(walk.x, walk.y)[1])
         adjoint, v = Adjoint(walk, problem, data), state.memory["v"]

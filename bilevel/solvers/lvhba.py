@@ -13,11 +13,10 @@ from bilevel._autodiff import value_and_grad
 from bilevel._problem import BilevelProblem, projected_by, split_data
 from bilevel._solution import State
 from bilevel._types import Objective, Schedule, Tree
-from bilevel.estimators import refuse_constraints
 from bilevel.optim.torch import Torch
-from bilevel.solvers import _fields, _walk
+from bilevel.solvers import _fields, _walk_start
 from bilevel.solvers._base import Solver
-from bilevel.solvers._walk import Movers, Residuals, Walk
+from bilevel.solvers._walk import Residuals, Walk
 
 _RETURNS = 100  # steps back to the feasible set at most, each a gradient of h
 _DUAL = 0.5  # of the largest stable product of the steps of z and of its multipliers
@@ -101,9 +100,6 @@ class LVHBA(Solver):
                 f"`LVHBA(gamma=...)` must be above 1. Got gamma={self.gamma}. Use e.g. 10."
             )
 
-    def _movers(self) -> Movers:
-        return Movers(self.upper_optimizer, self.lower_optimizer, self.value_optimizer)
-
     def init(
         self, problem: BilevelProblem, x0: Tree, y0: Tree, data: Any, *, full_batch: bool
     ) -> State:
@@ -112,7 +108,6 @@ class LVHBA(Solver):
             raise ValueError(
                 "`LVHBA` must be given a `BilevelProblem(lower_constraint=...)`. Got none. Use `MEHA()` without one."
             )
-        refuse_constraints(problem, "LVHBA", allowed=("lower_constraint",))
         h = _Constraint(problem, data)
         values = h.values(x0, y0)
         zero = torch.zeros_like(values)
@@ -124,11 +119,20 @@ class LVHBA(Solver):
             "zeta": zero,
             "jacobian": square or 1.0,
         }
-        return _walk.init(self._movers(), problem, x0, y0, data, full_batch=full_batch, extra=extra)
+        return _walk_start.init(
+            self,
+            problem,
+            x0,
+            y0,
+            data,
+            full_batch=full_batch,
+            extra=extra,
+            allowed=("lower_constraint",),
+        )
 
     def step(self, problem: BilevelProblem, state: State, data: Any) -> State:
         """See `Solver.step`."""
-        walk = Walk(self._movers(), problem, state, data)
+        walk = Walk(self, problem, state, data)
         h, oracle, memory = _Constraint(problem, data), walk.oracle, walk.memory
         x, y, z = walk.x, walk.y, memory["z"]
         multipliers, zeta = memory["multipliers"], memory["zeta"]

@@ -9,11 +9,10 @@ from bilevel import _tree
 from bilevel._problem import BilevelProblem
 from bilevel._solution import State
 from bilevel._types import Schedule, Tree
-from bilevel.estimators import refuse_constraints
 from bilevel.optim.torch import Torch
-from bilevel.solvers import _fields, _walk
+from bilevel.solvers import _fields, _walk_start
 from bilevel.solvers._base import Solver
-from bilevel.solvers._walk import Movers, Residuals, Walk
+from bilevel.solvers._walk import Residuals, Walk
 
 
 @dataclass(frozen=True)
@@ -75,20 +74,16 @@ class MEHA(Solver):
         _fields.check_schedule(self, "penalty")
         _fields.check_positive(self, "gamma", "Use e.g. 10, or 0.5 where f is not convex.")
 
-    def _movers(self) -> Movers:
-        return Movers(self.upper_optimizer, self.lower_optimizer, self.value_optimizer)
-
     def init(
         self, problem: BilevelProblem, x0: Tree, y0: Tree, data: Any, *, full_batch: bool
     ) -> State:
         """See `Solver.init`."""
-        refuse_constraints(problem, "MEHA")
         extra = {"z": _tree.detach(y0)}
-        return _walk.init(self._movers(), problem, x0, y0, data, full_batch=full_batch, extra=extra)
+        return _walk_start.init(self, problem, x0, y0, data, full_batch=full_batch, extra=extra)
 
     def step(self, problem: BilevelProblem, state: State, data: Any) -> State:
         """See `Solver.step`."""
-        walk = Walk(self._movers(), problem, state, data)
+        walk = Walk(self, problem, state, data)
         oracle, y, z = walk.oracle, walk.y, walk.memory["z"]
         weight = walk.penalty(self.penalty)  # c_k
         pull = walk.curvature("lower") / self.gamma  # 1 / gamma

@@ -11,12 +11,11 @@ from bilevel import _tree
 from bilevel._problem import BilevelProblem
 from bilevel._solution import State
 from bilevel._types import Tree
-from bilevel.estimators import refuse_constraints
 from bilevel.optim.torch import Torch
-from bilevel.solvers import _fields, _walk
+from bilevel.solvers import _fields, _walk_start
 from bilevel.solvers._adjoint import Adjoint
 from bilevel.solvers._base import Solver
-from bilevel.solvers._walk import Movers, Walk
+from bilevel.solvers._walk import Walk
 
 _CAUTION = 4.0  # x moves before y and v have answered: its measured steps are this much shorter
 
@@ -79,15 +78,12 @@ class SOBA(Solver):
         self, problem: BilevelProblem, x0: Tree, y0: Tree, data: Any, *, full_batch: bool
     ) -> State:
         """See `Solver.init`."""
-        refuse_constraints(problem, "SOBA")
-        movers = Movers(self.upper_optimizer, self.lower_optimizer)
         extra = {"v": torch.zeros_like(_tree.ravel(y0)[0])}
-        return _walk.init(movers, problem, x0, y0, data, full_batch=full_batch, extra=extra)
+        return _walk_start.init(self, problem, x0, y0, data, full_batch=full_batch, extra=extra)
 
     def step(self, problem: BilevelProblem, state: State, data: Any) -> State:
         """See `Solver.step`."""
-        movers = Movers(self.upper_optimizer, self.lower_optimizer)
-        walk = Walk(movers, problem, state, data)
+        walk = Walk(self, problem, state, data)
         adjoint, v = Adjoint(walk, problem, data), state.memory["v"]
         direction_v = adjoint.residual(v)
         direction_x = adjoint.hypergradient(v)
