@@ -1,4 +1,4 @@
-"""The checks of the fields that the single loops have in common."""
+"""The checks of the fields that solvers have in common."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ def check_parts(solver: object, *, counts: tuple[str, ...] = ()) -> None:
             check_kind(f"{name}({part}=...)", optimizer, Torch, mend)
     check_positive(solver, "rtol", "Use e.g. 1e-5.")
     for part in counts:
-        value = getattr(solver, part)
-        check_kind(f"{name}({part}=...)", value, int, "Pass a whole number.")
-        if value < 1:
-            raise ValueError(
-                f"`{name}({part}=...)` must be at least 1. Got {part}={value}. Raise it."
-            )
+        check_kind(f"{name}({part}=...)", getattr(solver, part), int, "Pass a whole number.")
+        check_at_least_one(solver, part)
+
+
+def check_at_least_one(solver: object, part: str) -> None:
+    """Raises unless a field of a solver is 1 or more."""
+    where, value = f"{type(solver).__name__}({part}=...)", getattr(solver, part)
+    if value < 1:
+        raise ValueError(f"`{where}` must be at least 1. Got {part}={value}. Raise it.")
 
 
 def check_positive(solver: object, part: str, mend: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,7 +19,7 @@ from bilevel.optim.newton import Newton
 from bilevel.optim.quasi_newton import QuasiNewton
 from bilevel.optim.torch import Torch
 from bilevel.schedules import geometric, polynomial
-from bilevel.solvers import _full_batch, _sequential, _single_loop
+from bilevel.solvers import _fields, _full_batch, _sequential, _single_loop
 from bilevel.solvers._base import Solver
 
 # epsilon_k ~ sigma_k^2 balances the stages: lambda ~ sigma / epsilon grows as 1 / sigma does. The first
@@ -128,25 +127,11 @@ class ASBLO(Solver):
 
     def __post_init__(self) -> None:
         for name in ("mu", "theta", "sigma", "epsilon"):
-            schedule = getattr(self, name)
-            if schedule is not None and not callable(schedule):
-                raise TypeError(
-                    f"`ASBLO({name}=...)` must be a schedule, a function of the step. Got {schedule!r}. "
-                    f"Use e.g. `bilevel.schedules.constant({schedule!r})`."
-                )
+            _fields.check_schedule(self, name)
         for name in ("kappa", "rtol", "max_multiplier"):
-            value = getattr(self, name)
-            check_kind(f"ASBLO({name}=...)", value, (float, int), "Leave it out for the default.")
-            if not (value > 0.0 and math.isfinite(value)):
-                raise ValueError(
-                    f"`ASBLO({name}=...)` must be a finite number > 0. Got {name}={value}. "
-                    "Leave it out for the default."
-                )
+            _fields.check_positive(self, name, "Leave it out for the default.")
         for name in ("value_steps", "lower_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"`ASBLO({name}=...)` must be at least 1. Got {name}={getattr(self, name)}. Raise it."
-                )
+            _fields.check_at_least_one(self, name)
         if self.multiplier not in ("slack", "gap"):
             raise ValueError(
                 f'`ASBLO(multiplier=...)` must be "slack" or "gap". Got {self.multiplier!r}. '
@@ -159,7 +144,7 @@ class ASBLO(Solver):
             QuasiNewton,
             "It steps on the full batch; `upper_optimizer` takes a `Torch` for batches.",
         )
-        for name in ("value_optimizer", "lower_optimizer", "upper_optimizer"):
+        for name in _fields.OPTIMIZERS:
             if not isinstance(getattr(self, name), Torch):
                 raise TypeError(
                     f"`ASBLO({name}=...)` must be a `bilevel.optim.Torch`. Got {type(getattr(self, name)).__name__}. "
