@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bilevel import _tree
 from bilevel._oracle import Oracle
-from bilevel._problem import BilevelProblem, ravel, split_data
+from bilevel._problem import CONSTRAINTS, BilevelProblem, excess, ravel
 from bilevel._solution import Certificate, Status
 from bilevel._types import Tree
 from bilevel.estimators._constraints import constraint_values, fit_multipliers, linearize, positive
@@ -156,10 +156,10 @@ def _lower_gradient(
 ) -> tuple[float, float, bool]:
     """f, the norm of its gradient less what the nearly active constraints hold, and whether that is known."""
     value, grad = oracle.lower_grad_y(x, y)
-    problem, lower, is_fitted = oracle.problem, split_data(data).lower, True
+    problem, is_fitted = oracle.problem, True
     if problem.lower_constraint or problem.lower_equality:
-        held = linearize(problem.lower_constraint, x, y, lower)
-        equal = linearize(problem.lower_equality, x, y, lower)
+        held = linearize(problem, "lower_constraint", x, y, data)
+        equal = linearize(problem, "lower_equality", x, y, data)
         near = held.value >= -_STEP * size * linalg.vector_norm(held.in_y, dim=1)
         fit = fit_multipliers(grad, held.in_y[near], equal.in_y)
         grad = grad + held.in_y[near].T @ fit.inequality + equal.in_y.T @ fit.equality
@@ -171,19 +171,15 @@ def _violations(
     problem: BilevelProblem, x: Tensor, y: Tensor, data: Any, units: Units
 ) -> dict[str, tuple[float, str]]:
     """By constraint: its largest violation, and a sentence where that is more than its tolerance."""
-    parts = split_data(data)
     tolerance = max(_VIOLATION, 100.0 * torch.finfo(y.dtype).eps)
     found: dict[str, tuple[float, str]] = {}
-    for name in ("upper_constraint", "lower_constraint", "upper_equality", "lower_equality"):
-        fun = getattr(problem, name)
-        of_level = parts.upper if name.startswith("upper") else parts.lower
+    for name in CONSTRAINTS:
         with torch.no_grad():
-            value = constraint_values(fun, x, y, of_level)
-        amount = value.abs() if name.endswith("equality") else value.clamp(min=0.0)
+            amount = excess(constraint_values(problem, name, x, y, data), name)
         if amount.numel() == 0 or float(amount.max()) == 0.0:
             found[name] = (0.0, "")
             continue
-        held = linearize(fun, x, y, of_level)
+        held = linearize(problem, name, x, y, data)
         reach = linalg.vector_norm(held.in_x, dim=1) * units.x
         reach = reach + linalg.vector_norm(held.in_y, dim=1) * units.y
         allowed = tolerance * positive(reach)

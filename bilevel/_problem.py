@@ -192,6 +192,12 @@ def split_data(data: Any) -> Batch:
     return data if isinstance(data, Batch) else Batch(upper=data, lower=data)
 
 
+def data_of(name: str, data: Any) -> Any:
+    """The data of the level that the field `name` of a problem belongs to."""
+    parts = split_data(data)
+    return parts.upper if name.startswith("upper") else parts.lower
+
+
 def ravel(
     problem: BilevelProblem, x: Tree, y: Tree
 ) -> tuple[
@@ -296,3 +302,29 @@ def samples(value: Any) -> Tensor:
             f"Got {got}. Drop the reduction, or `per_sample=True`."
         )
     return value
+
+
+def lower_value(problem: BilevelProblem, x: Tree, y: Tree, data: Any) -> Tensor:
+    """f(x, y) on the data of its level, 0-d: the mean where the problem is `per_sample`."""
+    value = problem.lower(x, y, data)
+    return samples(value).mean() if problem.per_sample else scalar(value, "lower")
+
+
+def vector(value: Any, name: str) -> Tensor:
+    """`value` as a vector if it is a floating tensor, as the constraint `name` of a problem must return.
+
+    Raises:
+        ObjectiveError: It is not; the message names the constraint and the mend.
+    """
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise ObjectiveError(
+            f"`BilevelProblem({name}=...)` must return a floating-point tensor, feasible where "
+            f"{'== 0' if name.endswith('equality') else '<= 0'}. Got {got}. Return e.g. `y - 1.0`, not `y < 1.0`."
+        )
+    return value.reshape(-1)
+
+
+def excess(value: Tensor, name: str) -> Tensor:
+    """How far each entry of the constraint `name` is from being feasible, shape (k,), 0 where it is."""
+    return value.abs() if name.endswith("equality") else value.clamp(min=0.0)

@@ -16,9 +16,19 @@ from bilevel import _tree
 from bilevel._autodiff import unused_leaves
 from bilevel._errors import ObjectiveError
 from bilevel._oracle import Oracle
-from bilevel._problem import CONSTRAINTS, BilevelProblem, projected_by, ravel, scalar, split_data
+from bilevel._problem import (
+    CONSTRAINTS,
+    BilevelProblem,
+    data_of,
+    lower_value,
+    projected_by,
+    ravel,
+    scalar,
+    split_data,
+    vector,
+)
 from bilevel._solution import Evaluations, Status
-from bilevel._types import Objective, Tree
+from bilevel._types import Tree
 
 
 @dataclass(frozen=True)
@@ -189,8 +199,7 @@ def check_problem(problem: BilevelProblem, x: Tree, y: Tree, data: Any) -> Evalu
         return scalar(problem.upper(u, v, parts.upper), "upper")
 
     def lower(u: Tree, v: Tree) -> Tensor:
-        value = problem.lower(u, v, parts.lower)
-        return value.mean() if problem.per_sample else scalar(value, "lower")
+        return lower_value(problem, u, v, parts.lower)
 
     try:
         unused_in_upper = unused_leaves(upper, x, y)
@@ -207,21 +216,10 @@ def check_problem(problem: BilevelProblem, x: Tree, y: Tree, data: Any) -> Evalu
             f"Got no dependence on {_leaf_names('y0', y, unused_in_lower[1])}. "
             "Use it in the lower objective, or leave it out of y0."
         )
-    for name in CONSTRAINTS:
-        fun, of_level = getattr(problem, name), parts[0 if name.startswith("upper") else 1]
-        value = None if fun is None else fun(_tree.detach(x), _tree.detach(y), of_level)
-        if fun is not None and not (isinstance(value, Tensor) and value.is_floating_point()):
-            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise ObjectiveError(
-                f"`BilevelProblem({name}=...)` must return a floating-point tensor, feasible where "
-                f"{'== 0' if name.endswith('equality') else '<= 0'}. Got {got}. Return e.g. `y - 1.0`, not `y < 1.0`."
-            )
     nowhere = [i for i in unused_in_upper[0] if i in unused_in_lower[0]]
-    for name in CONSTRAINTS if nowhere else ():
-        fun, of_level = getattr(problem, name), parts[0 if name.startswith("upper") else 1]
-        if fun is not None:
-            total = partial(_total, fun, of_level)
-            unused = unused_leaves(total, x, y)[0]
+    for name in CONSTRAINTS:
+        if getattr(problem, name) is not None:
+            unused = unused_leaves(partial(_total, problem, name, data), x, y)[0]
             nowhere = [i for i in nowhere if i in unused]
     if nowhere:
         raise ObjectiveError(
@@ -237,8 +235,8 @@ def check_problem(problem: BilevelProblem, x: Tree, y: Tree, data: Any) -> Evalu
     return Evaluations(upper=1, lower=1, upper_grad=1, lower_grad=1)
 
 
-def _total(fun: Objective, data: Any, x: Tree, y: Tree) -> Tensor:
-    return fun(x, y, data).sum()
+def _total(problem: BilevelProblem, name: str, data: Any, x: Tree, y: Tree) -> Tensor:
+    return vector(getattr(problem, name)(x, y, data_of(name, data)), name).sum()
 
 
 def _check_domain(problem: BilevelProblem, x: Tree) -> None:

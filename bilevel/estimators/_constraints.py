@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bilevel import _autodiff, _tree
-from bilevel._errors import ObjectiveError
+from bilevel._problem import BilevelProblem, data_of, vector
 from bilevel.estimators._numpy import to_numpy
 
 linalg: Any = torch.linalg  # its stubs are untyped
@@ -22,29 +22,25 @@ class Linearized(NamedTuple):
     in_y: Tensor  # (k, n)
 
 
-def constraint_values(fun: Any, x: Tensor, y: Tensor, data: Any) -> Tensor:
-    """A constraint as a vector; of no entries where there is none.
+def constraint_values(
+    problem: BilevelProblem, name: str, x: Tensor, y: Tensor, data: Any
+) -> Tensor:
+    """The constraint of that name as a vector; of no entries where there is none.
 
     Raises:
         ObjectiveError: It returns no floating tensor.
     """
+    fun = getattr(problem, name)
     if fun is None:
         return y.new_zeros(0)
-    value = fun(x, y, data)
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise ObjectiveError(
-            "A constraint of a `BilevelProblem` must return a floating-point tensor. "
-            f"Got {got}. Compute it with torch, e.g. `torch.stack([...])`."
-        )
-    return value.reshape(-1).to(y.dtype)
+    return vector(fun(x, y, data_of(name, data)), name).to(y.dtype)
 
 
-def linearize(fun: Any, x: Tensor, y: Tensor, data: Any) -> Linearized:
-    """A constraint and its derivatives in x and in y."""
+def linearize(problem: BilevelProblem, name: str, x: Tensor, y: Tensor, data: Any) -> Linearized:
+    """The constraint of that name and its derivatives in x and in y."""
 
     def fixed(u: Tensor, v: Tensor) -> Tensor:
-        return constraint_values(fun, u, v, data)
+        return constraint_values(problem, name, u, v, data)
 
     value, (in_x, in_y) = _autodiff.jacobian(fixed, x, y)
     return Linearized(value, in_x, in_y)

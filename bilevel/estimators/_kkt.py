@@ -22,7 +22,6 @@ from torch import Tensor
 
 from bilevel import _tree
 from bilevel._oracle import CountedGradient, Oracle
-from bilevel._problem import BilevelProblem, split_data
 from bilevel._solution import Status
 from bilevel.estimators._constraints import (
     Linearized,
@@ -74,17 +73,14 @@ class ConstrainedLower:
     """
 
     def __init__(self, oracle: Oracle, x: Tensor, data: Any, size: float) -> None:
-        self._oracle, self._x, self.size = oracle, x, size
-        self._data = split_data(data).lower
-        problem: BilevelProblem = oracle.problem
-        self._inequality, self._equality = problem.lower_constraint, problem.lower_equality
+        self._oracle, self._x, self._data, self.size = oracle, x, data, size
 
     def constraints(self, y: Tensor) -> tuple[Linearized, Linearized]:
-        """H and the equalities at y, linearized."""
-        return (
-            linearize(self._inequality, self._x, y, self._data),
-            linearize(self._equality, self._x, y, self._data),
-        )
+        """The constraint h and the equalities at y, linearized."""
+        return self._linearize("lower_constraint", y), self._linearize("lower_equality", y)
+
+    def _linearize(self, name: str, y: Tensor) -> Linearized:
+        return linearize(self._oracle.problem, name, self._x, y, self._data)
 
     def _reach(self, constraint: Linearized) -> Tensor:
         """How much each entry changes over one unit of y, (k,)."""
@@ -96,10 +92,10 @@ class ConstrainedLower:
 
         def terms(u: Tensor, v: Tensor) -> Tensor:
             held = (
-                (problem.lower_constraint, point.multipliers),
-                (problem.lower_equality, point.equality_multipliers),
+                ("lower_constraint", point.multipliers),
+                ("lower_equality", point.equality_multipliers),
             )
-            parts = [m @ constraint_values(fun, u, v, self._data) for fun, m in held if fun]
+            parts = [m @ constraint_values(problem, name, u, v, self._data) for name, m in held]
             return sum(parts, v.new_zeros(()))
 
         return self._oracle.linearized(self._x, point.y, plus=terms)
@@ -169,11 +165,11 @@ class ConstrainedLower:
     def _scipy_constraints(self, optimize: Any, method: str, y: Tensor) -> list[Any]:
         """The constraints as the method wants them, each entry in units of its change over one unit of y."""
         found: list[Any] = []
-        for kind, fun in (("ineq", self._inequality), ("eq", self._equality)):
-            if fun is None:
+        for kind, name in (("ineq", "lower_constraint"), ("eq", "lower_equality")):
+            if getattr(self._oracle.problem, name) is None:
                 continue
-            reach = self._reach(linearize(fun, self._x, y, self._data))
-            entry = _Entry(partial(self._at, fun, reach, y))
+            reach = self._reach(self._linearize(name, y))
+            entry = _Entry(partial(self._at, name, reach, y))
             if method == "SLSQP":
                 found.append({"type": kind, "fun": entry.minus_value, "jac": entry.minus_slope})
             else:
@@ -181,8 +177,8 @@ class ConstrainedLower:
                 found.append(optimize.NonlinearConstraint(entry.value, low, 0.0, jac=entry.slope))
         return found
 
-    def _at(self, fun: Any, reach: Tensor, like: Tensor, vector: Any) -> tuple[Any, Any]:
-        here = linearize(fun, self._x, torch.as_tensor(vector).to(like), self._data)
+    def _at(self, name: str, reach: Tensor, like: Tensor, vector: Any) -> tuple[Any, Any]:
+        here = self._linearize(name, torch.as_tensor(vector).to(like))
         value, in_y = here.value / reach, here.in_y / reach[:, None]
         bad = torch.full_like(value, math.inf)  # a constraint that is NaN is violated
         return clipped(torch.where(value.isnan(), bad, value)), clipped(in_y)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bilevel import _tree
 from bilevel._oracle import Oracle
-from bilevel._problem import Box, split_data
+from bilevel._problem import Box, excess
 from bilevel._solution import Status
 from bilevel.estimators._constraints import (
     Linearized,
@@ -80,12 +80,10 @@ class UpperLevel:
         self._others = _rivals(local, others, units.y)
         self._oracle, self._x, self._local, self._data = oracle, x, local, data
         self._y, self._units, self._sign = local.y, units, sign
-        problem, upper_data = oracle.problem, split_data(data).upper
         value, self._upper_x, self._upper_y = oracle.upper_grad(x, local.y)
         self._value = float(value)
-        self._held = linearize(problem.upper_constraint, x, local.y, upper_data)
-        self._equal = linearize(problem.upper_equality, x, local.y, upper_data)
-        self._upper_data = upper_data
+        self._held = linearize(oracle.problem, "upper_constraint", x, local.y, data)
+        self._equal = linearize(oracle.problem, "upper_equality", x, local.y, data)
 
     def examine(self) -> Stationarity:
         """Find out whether F falls along the lower solutions."""
@@ -208,16 +206,19 @@ class UpperLevel:
         solved = solver.solve(self._y)
         if solved.status is not Status.CONVERGED or self._is_overtaken(solver, solved):
             return 0.0
-        problem, gain = self._oracle.problem, 0.0
-        for fun, held, factors in (
-            (problem.upper_constraint, self._held, weights),
-            (problem.upper_equality, self._equal, nu),
+        gain = 0.0
+        for name, held, factors in (
+            ("upper_constraint", self._held, weights),
+            ("upper_equality", self._equal, nu),
         ):
             if factors.numel() and bool(factors.any()):
-                with torch.no_grad():
-                    there = constraint_values(fun, x, solved.y, self._upper_data)
+                there = self._constraint(name, x, solved.y)
                 gain += float(factors @ (held.value - there).to(factors))
         return gain + self._value - float(self._oracle.upper(x, solved.y))
+
+    def _constraint(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            return constraint_values(self._oracle.problem, name, x, y, self._data)
 
     def _is_overtaken(self, solver: LowerSolver, solved: Local) -> bool:
         """Whether another minimum of f is the lower one here, so that y would jump to it."""
@@ -302,19 +303,11 @@ class UpperLevel:
         allowed = 1e-9 * abs(float(self._oracle.lower(x, start)) - near.value)
         if gap > allowed + 64.0 * eps * abs(near.value) or self._is_overtaken(solver, near):
             return 0.0
-        for fun, held in (
-            (self._oracle.problem.upper_constraint, self._held),
-            (self._oracle.problem.upper_equality, self._equal),
-        ):
-            if fun is None:
-                continue
-            with torch.no_grad():
-                there = constraint_values(fun, x, near.y, self._upper_data)
+        for name, held in (("upper_constraint", self._held), ("upper_equality", self._equal)):
+            after = excess(self._constraint(name, x, near.y), name)
             size = linalg.vector_norm(held.in_x, dim=1) * self._units.x
             size = size + linalg.vector_norm(held.in_y, dim=1) * self._units.y
-            worse = there.clamp(min=0.0) if held is self._held else there.abs()
-            before = held.value.clamp(min=0.0) if held is self._held else held.value.abs()
-            if bool((worse > before + 1e-2 * self._units.step * size).any()):
+            if bool((after > excess(held.value, name) + 1e-2 * self._units.step * size).any()):
                 return 0.0
         return self._value - float(self._oracle.upper(x, near.y))
 

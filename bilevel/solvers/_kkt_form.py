@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bilevel import _autodiff
-from bilevel._problem import CONSTRAINTS, BilevelProblem, Box
+from bilevel._problem import CONSTRAINTS, BilevelProblem, Box, excess, lower_value, vector
 from bilevel._solution import Evaluations
 from bilevel.estimators import _slsqp
 from bilevel.solvers._walls import Units
@@ -85,15 +85,12 @@ class KKTForm:
 
     def _constraint(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         fun = getattr(self._problem, name)
-        return (
-            x.new_zeros(0)
-            if fun is None
-            else fun(x, y, None).reshape(-1) / self._units.constraints[name]
-        )
+        if fun is None:
+            return x.new_zeros(0)
+        return vector(fun(x, y, None), name) / self._units.constraints[name]
 
     def _lower_value(self, x: Tensor, y: Tensor) -> Tensor:
-        value = self._problem.lower(x, y, None)
-        return (value.mean() if self._problem.per_sample else value.reshape(())) / self._units.lower
+        return lower_value(self._problem, x, y, None) / self._units.lower
 
     def solve(self, start: Point, cuts: Sequence[Tensor], relaxations: Sequence[float]) -> Point:
         """The solution found from `start` for the last of the relaxations t."""
@@ -188,9 +185,6 @@ class KKTForm:
 
     def violation(self, x: Tensor, y: Tensor, level: str = "") -> float:
         """The largest violation of a constraint, of one level or of both, in its units."""
-        found = [0.0]
-        for name in CONSTRAINTS:
-            value = self._constraint(name, x, y).detach()
-            if name.startswith(level) and value.numel():
-                found.append(float((value.abs() if name.endswith("equality") else value).max()))
-        return max(found)
+        names = [name for name in CONSTRAINTS if name.startswith(level)]
+        found = [excess(self._constraint(name, x, y).detach(), name) for name in names]
+        return max([0.0, *(float(one.max()) for one in found if one.numel())])

@@ -9,17 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bilevel import _autodiff, _tree
+from bilevel import _tree
 from bilevel._oracle import Oracle
-from bilevel._problem import CONSTRAINTS, BilevelProblem
-from bilevel._types import Objective
+from bilevel._problem import CONSTRAINTS, BilevelProblem, lower_value, vector
 from bilevel.barriers import log_rational, relaxed
+from bilevel.estimators._constraints import linearize, positive
 
 _SIGMA = (0.1, 0.2)  # weight of the barrier in the first stage, and its ratio from stage to stage
 _DELTA = (0.1, 0.2 / 3.0)  # where the parabola begins: its push, sigma / delta, grows threefold
@@ -39,21 +38,15 @@ class Units(NamedTuple):
     constraints: Mapping[str, Tensor]
 
 
-def _flat(fun: Objective, x: Tensor, y: Tensor) -> Tensor:
-    return fun(x, y, None).reshape(-1)
-
-
 def measure(oracle: Oracle, x: Tensor, y: Tensor) -> Units:
     """The units at a point of the problem over vectors."""
     reach = math.sqrt(1.0 + float(x @ x) + float(y @ y))
     sizes: dict[str, Tensor] = {}
     for name in CONSTRAINTS:
-        fun = getattr(oracle.problem, name)
-        if fun is not None:
-            value, blocks = _autodiff.jacobian(partial(_flat, fun), x, y)
-            slopes: Any = (torch.cat(blocks, 1) ** 2).sum(1)
-            size = torch.maximum(value.abs(), reach * slopes.sqrt())
-            sizes[name] = torch.where(size > 0.0, size, torch.ones_like(size))
+        if getattr(oracle.problem, name) is not None:
+            at = linearize(oracle.problem, name, x, y, None)
+            slopes: Any = (torch.cat([at.in_x, at.in_y], 1) ** 2).sum(1)
+            sizes[name] = positive(torch.maximum(at.value.abs(), reach * slopes.sqrt()))
     # where a gradient happens to vanish, one beside the point tells
     beside = [v + math.sqrt(reach) * torch.cos(torch.arange(v.numel()).to(v)) for v in (x, y)]
     upper, lower = (
@@ -80,7 +73,7 @@ def walled(problem: BilevelProblem, units: Units, stage: int) -> BilevelProblem:
         fun = getattr(problem, name)
         if fun is None:
             return 0.0
-        value = fun(x, y, data).reshape(-1) / units.constraints[name]
+        value = vector(fun(x, y, data), name) / units.constraints[name]
         if name.endswith("equality"):
             return (value**2).sum() / (2.0 * sigma)
         return barrier.value(value, sigma).sum()
@@ -90,9 +83,8 @@ def walled(problem: BilevelProblem, units: Units, stage: int) -> BilevelProblem:
         return problem.upper(x, y, data) + units.upper * sum(costs)
 
     def lower(x: Tensor, y: Tensor, data: Any) -> Tensor:
-        value = problem.lower(x, y, data)
         costs = [cost(name, x, y, data) for name in ("lower_constraint", "lower_equality")]
-        return (value.mean() if problem.per_sample else value) + units.lower * sum(costs)
+        return lower_value(problem, x, y, data) + units.lower * sum(costs)
 
     return replace(
         problem, upper=upper, lower=lower, per_sample=False, **dict.fromkeys(CONSTRAINTS)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bilevel import _tree
 from bilevel._autodiff import value_and_grad
-from bilevel._problem import BilevelProblem, projected_by, split_data
+from bilevel._problem import BilevelProblem, projected_by, split_data, vector
 from bilevel._solution import State
 from bilevel._types import Objective, Schedule, Tree
 from bilevel.optim.torch import Torch
@@ -190,7 +190,7 @@ class _Constraint:
         self._fun, self._data = cast("Objective", problem.lower_constraint), split_data(data).lower
 
     def _h(self, x: Tree, y: Tree) -> Tensor:
-        return self._fun(x, y, self._data).reshape(-1)
+        return vector(self._fun(x, y, self._data), "lower_constraint")
 
     def values(self, x: Tree, y: Tree) -> Tensor:
         """h(x, y), shape (p,)."""
