@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -81,6 +82,60 @@ def system(matvec: Callable[[Tree], Tree], b: Tree, v0: Tree | None) -> System:
         _tree.check_like(v0, b, "v0")
         start = _tree.ravel(v0)[0].detach().to(wide, copy=True)
     return System(product, vector.detach().to(wide), start, lambda v: unravel(v.to(dtype)))
+
+
+def trivial(b: Tensor) -> Tensor | None:
+    """The answer where b is zero, or holds NaN or infinities; None where there is something to solve."""
+    size = float(_tree.norm(b))
+    return b * size if size == 0.0 or not math.isfinite(size) else None
+
+
+def refined(
+    equation: System,
+    rtol: float,
+    max_steps: int | None,
+    correct: Callable[[Tensor, float, int], tuple[Tensor, int]],
+    cycles: int | None = None,
+) -> Tensor:
+    """Solve for what is left of the residual, again and again, while that halves it.
+
+    Args:
+        equation: The system.
+        rtol: Relative tolerance of the residual.
+        max_steps: Products at most; ten times the number of unknowns where it is None.
+        correct: From a residual, its target and the products left: an approximate solution from zero, and the
+            products that it took.
+        cycles: Corrections at most.
+
+    Returns:
+        The last iterate that improved, shape (n,).
+    """
+    A, b = equation.matvec, equation.b
+    known = trivial(b)
+    if known is not None:
+        return known
+    target = max(rtol, torch.finfo(b.dtype).eps) * float(_tree.norm(b))
+    left = 10 * b.numel() if max_steps is None else max_steps
+    v, r = torch.zeros_like(b), b
+    if equation.v0 is not None:
+        v, left = equation.v0, left - 1
+        r = b - A(v)
+    residual = float(_tree.norm(r))
+    for _ in itertools.count() if cycles is None else range(cycles):
+        if not residual > target or left <= 0:
+            break
+        correction, spent = correct(r, target, left)
+        left -= spent + 1
+        if left < 0:  # no product left to measure with
+            return v + correction
+        remaining = r - A(correction)
+        before, residual = residual, float(_tree.norm(remaining))
+        if not residual < before:
+            break
+        v, r = v + correction, remaining
+        if residual > 0.5 * before:
+            break
+    return v
 
 
 def check_limits(name: str, rtol: float, max_steps: int | None, atol: float = 0.0) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bilevel._tree import norm
 from bilevel._types import Tree
-from bilevel.linear._base import LinearSolver, System, check_limits, system
+from bilevel.linear._base import LinearSolver, check_limits, refined, system
 
 linalg: Any = torch.linalg  # its stubs are untyped
 
@@ -58,33 +58,11 @@ class GMRES(LinearSolver):
     def solve(self, matvec: Callable[[Tree], Tree], b: Tree, v0: Tree | None = None) -> Tree:
         """See `LinearSolver.solve`."""
         equation = system(matvec, b, v0)
-        return equation.restore(self._solve(equation))
 
-    def _solve(self, equation: System) -> Tensor:
-        A, b, n = equation.matvec, equation.b, equation.b.numel()
-        size = float(norm(b))
-        if size == 0.0 or not math.isfinite(size):
-            return b * size  # zero, or NaN and infinities
-        target = max(self.rtol, torch.finfo(b.dtype).eps) * size
-        left = 10 * n if self.max_steps is None else self.max_steps
-        v, r = torch.zeros_like(b), b
-        if equation.v0 is not None:
-            v, left = equation.v0, left - 1
-            r = b - A(v)
-        residual = float(norm(r))
-        while residual > target and left > 0:
-            correction, spent = _cycle(A, r, target, min(self.restart, n, left))
-            left -= spent + 1
-            if left < 0:  # no product left to measure with
-                return v + correction
-            remaining = r - A(correction)
-            before, residual = residual, float(norm(remaining))
-            if not residual < before:
-                break
-            v, r = v + correction, remaining
-            if residual > 0.5 * before:
-                break
-        return v
+        def correct(r: Tensor, target: float, left: int) -> tuple[Tensor, int]:
+            return _cycle(equation.matvec, r, target, min(self.restart, r.numel(), left))
+
+        return equation.restore(refined(equation, self.rtol, self.max_steps, correct))
 
 
 def _cycle(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bilevel._tree import norm
 from bilevel._types import Tree
-from bilevel.linear._base import LinearSolver, System, check_limits, system
+from bilevel.linear._base import LinearSolver, check_limits, refined, system
 
 _RESTARTS = 5  # iterative refinement beyond this gains nothing
 _SINGULAR = 1e3  # units of rounding below which a pivot counts as zero
@@ -53,35 +53,12 @@ class MINRES(LinearSolver):
     def solve(self, matvec: Callable[[Tree], Tree], b: Tree, v0: Tree | None = None) -> Tree:
         """See `LinearSolver.solve`."""
         equation = system(matvec, b, v0)
-        return equation.restore(self._solve(equation))
 
-    def _solve(self, equation: System) -> Tensor:
-        A, b, n = equation.matvec, equation.b, equation.b.numel()
-        size = float(norm(b))
-        if size == 0.0 or not math.isfinite(size):
-            return b * size  # zero, or NaN and infinities
-        target = max(self.rtol, torch.finfo(b.dtype).eps) * size
-        left = 10 * n if self.max_steps is None else self.max_steps
-        v, r = torch.zeros_like(b), b
-        if equation.v0 is not None:
-            v, left = equation.v0, left - 1
-            r = b - A(v)
+        def correct(r: Tensor, target: float, left: int) -> tuple[Tensor, int]:
+            return _lanczos(equation.matvec, r, target, min(left, 8 * r.numel()))
+
         # The recursion loses digits in proportion to the condition number: solving for what is left regains them.
-        for _ in range(_RESTARTS):
-            residual = float(norm(r))
-            if not residual > target or left <= 0:
-                break
-            correction, spent = _lanczos(A, r, target, min(left, 8 * n))
-            left -= spent + 1
-            if left < 0:  # no product left to measure with
-                return v + correction
-            remaining = r - A(correction)
-            if not float(norm(remaining)) < residual:
-                break
-            v, r = v + correction, remaining
-            if float(norm(r)) > 0.5 * residual:
-                break
-        return v
+        return equation.restore(refined(equation, self.rtol, self.max_steps, correct, _RESTARTS))
 
 
 def _lanczos(

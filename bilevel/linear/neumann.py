@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bilevel._tree import norm
 from bilevel._types import Tree
-from bilevel.linear._base import LinearSolver, System, system
+from bilevel.linear._base import LinearSolver, System, system, trivial
 
 POWER_STEPS = 10  # enough for the norm to a few percent; the series allows a factor of two
 
@@ -72,9 +72,10 @@ class Neumann(LinearSolver):
 
     def _solve(self, equation: System) -> Tensor:
         A, b = equation.matvec, equation.b
+        known = trivial(b)
+        if known is not None:
+            return known
         size = float(norm(b))
-        if size == 0.0 or not math.isfinite(size):
-            return b * size  # zero, or NaN and infinities
         step = 1.0 / _spectral_norm(A, b) if self.step_size is None else self.step_size
         v = torch.zeros_like(b) if equation.v0 is None else equation.v0
         r = b if equation.v0 is None else b - A(v)
