@@ -14,8 +14,9 @@ from bilevel._problem import CONSTRAINTS, BilevelProblem, excess, ravel
 from bilevel._solution import Certificate, Status
 from bilevel._types import Tree
 from bilevel.estimators._constraints import constraint_values, fit_multipliers, linearize, positive
+from bilevel.estimators._gap import rounding
 from bilevel.estimators._linear_program import Units
-from bilevel.estimators._search import Search, search
+from bilevel.estimators._search import SMALL, Search, search
 from bilevel.estimators._stationarity import Stationarity, UpperLevel
 
 linalg: Any = torch.linalg  # its stubs are untyped
@@ -84,7 +85,7 @@ def certify(
     upper = oracle.upper(u, v)
     value, lower_gradient, is_fitted = _lower_gradient(oracle, u, v, data, size_y)
     found = search(oracle, u, v, data, size_y, sign)
-    size_y = max(size_y, _rms(found.nearest.y) if _tree.is_finite(found.nearest.y) else 0.0)
+    size_y = max(size_y, _tree.rms(found.nearest.y) if _tree.is_finite(found.nearest.y) else 0.0)
     units = Units(size_x, size_y, found.upper_size, max(_STEP, eps**0.25))
     violations = _violations(flat, u, v, data, units)
     problems = [sentence for _, sentence in violations.values() if sentence]
@@ -102,7 +103,7 @@ def certify(
         stationarity = UpperLevel(
             oracle, u, found.nearest, found.minima, data, units, sign
         ).examine()
-        apart = _tree.length(v - found.nearest.y) / math.sqrt(v.numel())
+        apart = _tree.rms(v - found.nearest.y)
         if stationarity.hypergradient is not None and apart > _DISTANCE * size_y:
             problems.append(
                 f"y is {apart:.3g} (root mean square) from the lower solution next to it, more than {_DISTANCE:.2g} "
@@ -110,7 +111,7 @@ def certify(
             )
         if stationarity.problem:
             problems.append(stationarity.problem)
-    many = "" if v.numel() <= 300 else " (fewer than for a small y)"
+    many = "" if v.numel() <= SMALL else " (fewer than for a small y)"
     assumptions = [
         f"the lower minimum is the lowest of {found.starts} local solves{many}",
         "no other x is better: the test of the upper level is local",
@@ -141,13 +142,9 @@ def certify(
     )
 
 
-def _rms(vector: Tensor) -> float:
-    return _tree.length(vector) / math.sqrt(vector.numel())
-
-
 def _unit(own: Tensor) -> float:
     """The unit of a variable; 1 where it is not finite."""
-    unit = max(_rms(own), _SMALLEST)
+    unit = max(_tree.rms(own), _SMALLEST)
     return unit if math.isfinite(unit) else 1.0
 
 
@@ -201,7 +198,7 @@ def _lower_problems(
     if found.lowest.status is Status.LOWER_UNBOUNDED:
         return ["f falls without bound in y, so that the lower problem has no solution"]
     eps = torch.finfo(y.dtype).eps
-    tolerance = max(_GAP, 10.0 * eps) * found.lower_size + 64.0 * eps * abs(value)
+    tolerance = max(_GAP, 10.0 * eps) * found.lower_size + rounding(value, y.dtype)
     at_a_kink = found.nearest.status is Status.STALLED and gap <= tolerance
     if found.nearest.status is not Status.CONVERGED and not at_a_kink:
         return [f"no lower solution was found from y: {found.nearest.status.value}"]
@@ -219,7 +216,6 @@ def _lower_problems(
 
 def _better_solution(oracle: Oracle, x: Tensor, found: Search, sign: float) -> list[str]:
     """Whether another lower solution among those found is better for F."""
-    eps = torch.finfo(x.dtype).eps
     here = sign * float(oracle.upper(x, found.nearest.y))
     gains = [
         here - sign * float(oracle.upper(x, other.y))
@@ -227,7 +223,7 @@ def _better_solution(oracle: Oracle, x: Tensor, found: Search, sign: float) -> l
         if other.value <= found.nearest.value + found.same
     ]
     gain = max([g for g in gains if math.isfinite(g)], default=0.0)
-    if gain <= _OTHER * found.upper_size + 64.0 * eps * abs(here):
+    if gain <= _OTHER * found.upper_size + rounding(here, x.dtype):
         return []
     way = "lower" if sign > 0.0 else "higher"
     return [

@@ -16,13 +16,12 @@ from bilevel._solution import Status, table
 from bilevel._types import Tree
 from bilevel.estimators import Implicit, ImplicitKKT, check_problem
 from bilevel.estimators._kkt import KKTSystem
-from bilevel.estimators._search import LowerSolver, search
+from bilevel.estimators._search import MEDIUM, LowerSolver, search
+from bilevel.estimators._stationarity import DENSE
 from bilevel.linear import CG, Dense
 from bilevel.solvers import ASBLO, HypergradientDescent, Solver
 
 linalg: Any = torch.linalg  # its stubs are untyped
-_DENSE = 256  # largest y whose Hessian is formed
-_SOLVED = 3000  # largest y for which the lower problem is solved as a probe
 _PROBES = 20  # products with the Hessian above that
 _OFF = 0.5  # relative error of a product with the Hessian that is no rounding
 _SINGULAR = 1e-8  # smallest over largest curvature of what counts as positive definite
@@ -103,7 +102,7 @@ def recommend(problem: BilevelProblem, x: Tree, y: Tree, data: Any = None) -> Re
         refused += [(name, f"it would ignore {of_lower[0]}") for name in ("Implicit", "Unrolled")]
         implicit = HypergradientDescent(ImplicitKKT())
     else:
-        implicit = HypergradientDescent(Implicit(Dense() if v.numel() <= _DENSE else CG()))
+        implicit = HypergradientDescent(Implicit(Dense() if v.numel() <= DENSE else CG()))
     if implicit is not None and len(kinds) > len(of_lower):
         refused.append(
             (
@@ -147,8 +146,8 @@ class _Probe:
             self.differentiable = False
             self.findings.append(f"no second derivatives of f: {missing}")
             return
-        size = max(_tree.length(y) / math.sqrt(y.numel()), 1e-2 * _tree.length(x), 1e-3)
-        if y.numel() <= _SOLVED:
+        size = max(_tree.rms(y), 1e-2 * _tree.length(x), 1e-3)
+        if y.numel() <= MEDIUM:
             y = self._solve(y, data, size)
         if not self.failure:
             self._curvature(y, data, size)
@@ -166,7 +165,7 @@ class _Probe:
             twice.mixed_vjp(direction)
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, NotImplementedError) as error:
+        except RuntimeError as error:
             return str(error).splitlines()[0]
         h = torch.finfo(y.dtype).eps ** (1.0 / 3.0) * max(1.0, float(y.abs().max()))
         ends = [self._oracle.lower_grad_y(self._x, y + s * h * direction)[1] for s in (1.0, -1.0)]
@@ -186,7 +185,7 @@ class _Probe:
             self.failure = f"no lower solution was found from y ({found.nearest.status.value})"
         limit = found.nearest.value + found.same
         apart = [
-            _tree.length(other.y - found.nearest.y) / math.sqrt(y.numel())
+            _tree.rms(other.y - found.nearest.y)
             for other in found.minima[1:]
             if other.value <= limit
         ]
@@ -201,9 +200,9 @@ class _Probe:
 
     def _curvature(self, y: Tensor, data: Any, size: float) -> None:
         solver = LowerSolver(self._oracle, self._x, data, size)
-        if solver.constrained and y.numel() > _DENSE:
+        if solver.constrained and y.numel() > DENSE:
             self.unique = False
-            self.why = f"its KKT matrix was not probed: {y.numel()} lower variables with constraints, above {_DENSE}"
+            self.why = f"its KKT matrix was not probed: {y.numel()} lower variables with constraints, above {DENSE}"
             self.findings.append(self.why)
             return
         if solver.constrained:
@@ -221,7 +220,7 @@ class _Probe:
                 )
             return
         low, high = self._extremes(y)
-        self.is_proven = y.numel() <= _DENSE
+        self.is_proven = y.numel() <= DENSE
         verb = "is" if self.is_proven else "seems to be"
         way = (
             "exactly"
@@ -236,7 +235,7 @@ class _Probe:
 
     def _extremes(self, y: Tensor) -> tuple[float, float]:
         linear = self._oracle.linearized(self._x, y)
-        if y.numel() <= _DENSE:
+        if y.numel() <= DENSE:
             hessian = linear.hessian()
             if not _tree.is_finite(hessian):
                 return math.nan, math.nan

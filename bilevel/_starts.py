@@ -53,7 +53,7 @@ def starting_points(
 
 def _perturbed(tree: Tree, radius: float, generator: torch.Generator) -> Tree:
     """The tree with noise of `radius` times its root mean square, or times one if that is smaller."""
-    size = radius * max(1.0, _tree.length(tree) / _tree.size(tree) ** 0.5)
+    size = radius * max(1.0, _tree.rms(tree))
 
     def moved(leaf: Tensor) -> Tensor:
         noise = torch.randn(leaf.shape, generator=generator, dtype=torch.float64)

@@ -6,6 +6,7 @@ algebra: `axpy(a, x, y)` is `a x + y`, `vdot(x, y)` is the inner product over al
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -81,6 +82,11 @@ def norm(tree: Tree) -> Tensor:
 def length(tree: Tree) -> float:
     """The Euclidean norm over all leaves, as a number."""
     return float(norm(tree))
+
+
+def rms(tree: Tree) -> float:
+    """The root mean square over all leaves."""
+    return length(tree) / math.sqrt(size(tree))
 
 
 def axpy(scale: float | Tensor, left: Tree, right: Tree) -> Tree:

@@ -125,7 +125,7 @@ def check_hypergradient(
     if solved is None:
         message = "no check: the lower problem has no finite solution here"
         return Report(math.nan, math.inf, (), (), (), estimate.status, message)
-    size = max(1.0, _tree.length(u) / math.sqrt(u.numel()))
+    size = max(1.0, _tree.rms(u))
     measured: list[float] = []
     noises: list[float] = []
     steps: list[float] = []
@@ -234,7 +234,7 @@ def _upper_value(problem: BilevelProblem, x: Tensor, y: Tensor, data: Any) -> fl
 
 def _solve_lower(problem: BilevelProblem, x: Tensor, y: Tensor, data: Any) -> Tensor | None:
     if problem.lower_constraint or problem.lower_equality:
-        size = max(_tree.length(y) / math.sqrt(y.numel()), 1e-3)
+        size = max(_tree.rms(y), 1e-3)
         point = ConstrainedLower(Oracle(problem, data), x, data, size).solve(y)
         return point.y if point.status is Status.CONVERGED else None
     lower = RegularizedLower(Oracle(problem, data), x, 0.0)

@@ -11,13 +11,12 @@ from torch import Tensor
 from bilevel import _tree
 from bilevel._oracle import Oracle
 from bilevel._solution import Status
-from bilevel.estimators._gap import RegularizedLower
+from bilevel.estimators._gap import RegularizedLower, rounding
 from bilevel.optim import Minimizer
 
 STARTS = 8  # solves of the lower problem, the first from the point itself
-_RESOLUTION = (
-    1e-8  # of the heights of the starts above the nearest minimum: nearer ones count as one
-)
+#: Of the heights of the starts above the nearest minimum: minima nearer to each other count as one.
+_RESOLUTION = 1e-8
 
 
 @dataclass(frozen=True)
@@ -45,9 +44,8 @@ def explore(oracle: Oracle, x: Tensor, y: Tensor, minimizer: Minimizer, seed: in
     A minimum counts as lower only where rounding cannot explain it; among equals the nearest stays.
     """
     generator = torch.Generator().manual_seed(seed)  # the same starts at every call
-    size = max(1.0, _tree.length(y) / math.sqrt(y.numel()))
+    size = max(1.0, _tree.rms(y))
     hessian: Tensor | None = None
-    eps = torch.finfo(y.dtype).eps
     nearest, nearest_y, lowest, lowest_y, height = math.inf, y, math.inf, y, 0.0
     for number in range(STARTS):
         noise = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
@@ -66,6 +64,6 @@ def explore(oracle: Oracle, x: Tensor, y: Tensor, minimizer: Minimizer, seed: in
             nearest, nearest_y = found.point.value, found.point.y
         hessian = lower.lower_hessian
         height = max(height, abs(start.value - nearest))
-        if found.point.value < lowest - _RESOLUTION * height - 64.0 * eps * abs(nearest):
+        if found.point.value < lowest - _RESOLUTION * height - rounding(nearest, y.dtype):
             lowest, lowest_y = found.point.value, found.point.y
     return Basins(nearest, nearest_y, lowest, lowest_y, Status.CONVERGED)

@@ -21,6 +21,11 @@ from bilevel.optim._base import Point, SmoothFunction
 _CANCELLATION = 64.0  # f may be the sum of terms this much larger than itself
 
 
+def rounding(value: float, dtype: torch.dtype) -> float:
+    """The rounding error of a difference of values of an objective near `value`."""
+    return _CANCELLATION * torch.finfo(dtype).eps * abs(value)
+
+
 class AtZ(NamedTuple):
     """What the lower objective knows at a point."""
 
@@ -129,15 +134,15 @@ class GapFunction(SmoothFunction):
         """
         z: AtZ = self._z.extra
         eps = torch.finfo(y.dtype).eps
-        rounding = _CANCELLATION * eps * (abs(at.lower) + abs(z.lower))
+        error = rounding(abs(at.lower) + abs(z.lower), y.dtype)
         if at.losses is not None and z.losses is not None:
             by_values = float((at.losses.double() - z.losses.double()).mean())
         else:
             by_values = at.lower - z.lower
         by_gradients = 0.5 * float((at.lower_y + z.lower_y) @ (y - self._z.y))
-        if abs(by_values - by_gradients) <= rounding:
+        if abs(by_values - by_gradients) <= error:
             return by_gradients, 4.0 * eps * abs(by_gradients)
-        return by_values, rounding
+        return by_values, error
 
     def _zeta(self, y: Tensor, gap: float) -> float:
         square = 0.5 * float((y - self._z.y) @ (y + self._z.y))  # (|y|^2 - |z|^2) / 2

@@ -12,20 +12,15 @@ from torch import Tensor
 from bilevel import _tree
 from bilevel._oracle import CountedGradient, Oracle
 from bilevel._solution import Status
-from bilevel.estimators._gap import RegularizedLower
+from bilevel.estimators._gap import RegularizedLower, rounding
 from bilevel.estimators._kkt import ConstrainedLower, KKTPoint
 from bilevel.optim import Newton
 from bilevel.optim._base import Minimum, Point, SmoothFunction
 
 _RADII = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # of the random starts, in units of y
-_SMALL, _MEDIUM = 300, 3000  # sizes of y up to which all starts, or few, can be afforded
-_PATH = (
-    0.0,
-    0.3,
-    1.0,
-    3.0,
-    10.0,
-)  # weights of f against F on the way from the minimum of F to one of f
+SMALL, MEDIUM = 300, 3000  # sizes of y up to which all starts, or few, can be afforded
+#: Weights of f against F on the way from the minimum of F to one of f.
+_PATH = (0.0, 0.3, 1.0, 3.0, 10.0)
 _FAR = 100.0  # growth of y at which the path from there is given up
 _TO_UPPER = 8  # Newton steps for each
 _SAME = 1e-8  # of the change of f within one unit of y: minima nearer to each other count as one
@@ -133,12 +128,12 @@ def search(oracle: Oracle, x: Tensor, y: Tensor, data: Any, size: float, sign: f
     lower_size = _range([abs(float(oracle.lower(x, v)) - nearest.value) for v in units])
     # relative to what f changes by, not to f: a constant added to it is no matter but for its rounding
     eps = torch.finfo(y.dtype).eps
-    same = max(_SAME, 10.0 * eps) * lower_size + 64.0 * eps * abs(nearest.value)
+    same = max(_SAME, 10.0 * eps) * lower_size + rounding(nearest.value, y.dtype)
     changes = [abs(float(oracle.upper(x, v)) - float(oracle.upper(x, y))) for v in units[-1:]]
-    if y.numel() <= _SMALL:
+    if y.numel() <= SMALL:
         starts = [*starts, _toward_upper(oracle, x, nearest.y, size, sign)]
     else:
-        starts = starts[::3] if y.numel() <= _MEDIUM else []
+        starts = starts[::3] if y.numel() <= MEDIUM else []
     found, lowest, solves = [nearest], nearest, 1
     for start in starts:
         value = float(oracle.lower(x, start))

@@ -24,6 +24,7 @@ from bilevel import _tree
 from bilevel._oracle import Oracle
 from bilevel._problem import Box, excess
 from bilevel._solution import Status
+from bilevel.estimators._base import linear_tolerance
 from bilevel.estimators._constraints import (
     Linearized,
     constraint_values,
@@ -31,6 +32,7 @@ from bilevel.estimators._constraints import (
     linearize,
     positive,
 )
+from bilevel.estimators._gap import rounding
 from bilevel.estimators._kkt import KKTSystem
 from bilevel.estimators._linear_program import LinearProgram, Units
 from bilevel.estimators._search import Local, LowerSolver
@@ -42,7 +44,6 @@ DENSE = 256  # largest y whose Hessian is formed
 _LINEAR_PROGRAM = 400  # largest number of x and y together for the linearized problem
 _BRANCHES = 5  # weakly active constraints whose combinations are all tried
 _WEAK = 1e-3  # in units: multipliers and distances up to which a constraint is weakly active
-_LINEAR_SOLVED = 1e-6  # relative residual up to which the linear system counts as solved
 
 
 @dataclass(frozen=True)
@@ -184,13 +185,13 @@ class UpperLevel:
             linear = self._oracle.linearized(self._x, self._y)
             v = CG().solve(linear.hvp, of_y)
             size = _tree.length(of_y) or 1.0
-            tolerance = max(_LINEAR_SOLVED, 100.0 * torch.finfo(v.dtype).eps)
-            if not _tree.length(linear.hvp(v) - of_y) <= tolerance * size:
+            if not _tree.length(linear.hvp(v) - of_y) <= linear_tolerance(v.dtype) * size:
                 return None
             return of_x.to(self._x) - linear.mixed_vjp(v)
         p, q, residual = system.solve(of_y)
-        tolerance = max(_LINEAR_SOLVED, 100.0 * torch.finfo(p.dtype).eps)
-        return of_x.to(self._x) - system.pull_back(p, q) if residual <= tolerance else None
+        if not residual <= linear_tolerance(p.dtype):
+            return None
+        return of_x.to(self._x) - system.pull_back(p, q)
 
     def _reduced_rows(self, system: KKTSystem | None, held: Linearized) -> Tensor | None:
         pairs = zip(held.in_x, held.in_y, strict=True)
@@ -222,17 +223,15 @@ class UpperLevel:
 
     def _is_overtaken(self, solver: LowerSolver, solved: Local) -> bool:
         """Whether another minimum of f is the lower one here, so that y would jump to it."""
-        eps = torch.finfo(solved.y.dtype).eps
         found = [solver.solve(y) for y in self._others]
         least = min(
             [other.value for other in found if other.status is Status.CONVERGED], default=math.inf
         )
-        return least < solved.value - 64.0 * eps * abs(solved.value)
+        return least < solved.value - rounding(solved.value, solved.y.dtype)
 
     def _noise(self) -> float:
         """Changes of F below this mean nothing."""
-        eps = torch.finfo(self._x.dtype).eps
-        return 1e-8 * self._units.upper + 64.0 * eps * abs(self._value)
+        return 1e-8 * self._units.upper + rounding(self._value, self._x.dtype)
 
     # ------------------------------------------------------------------ where it is not
 
@@ -298,10 +297,9 @@ class UpperLevel:
         fallback = solver.solve(self._y)
         if near.status is not Status.CONVERGED or fallback.status is not Status.CONVERGED:
             return 0.0
-        eps = torch.finfo(x.dtype).eps
         gap = near.value - fallback.value
         allowed = 1e-9 * abs(float(self._oracle.lower(x, start)) - near.value)
-        if gap > allowed + 64.0 * eps * abs(near.value) or self._is_overtaken(solver, near):
+        if gap > allowed + rounding(near.value, x.dtype) or self._is_overtaken(solver, near):
             return 0.0
         for name, held in (("upper_constraint", self._held), ("upper_equality", self._equal)):
             after = excess(self._constraint(name, x, near.y), name)

@@ -15,15 +15,13 @@ from bilevel._errors import check_kind
 from bilevel._oracle import Oracle
 from bilevel._problem import BilevelProblem
 from bilevel._solution import Status
-from bilevel.estimators._base import Estimate, Estimator, failed
+from bilevel.estimators._base import Estimate, Estimator, failed, linear_tolerance
 from bilevel.estimators._bound import error_bound
 from bilevel.estimators._fixed_point import at_fixed_point
 from bilevel.estimators._gap import RegularizedLower
 from bilevel.fixed_points import FixedPoint
 from bilevel.linear import CG, GMRES, LinearSolver
 from bilevel.optim import Minimizer, Newton
-
-_SOLVED = 1e-6  # relative residual up to which the linear system counts as solved
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,7 @@ class Implicit(Estimator):
         memory: Mapping[str, Any] | None = None,
     ) -> Estimate:
         """See `Estimator.estimate`."""
-        solved_to = max(_SOLVED, 100.0 * torch.finfo(x.dtype).eps)
+        solved_to = linear_tolerance(x.dtype)
         if self.condition is not None:
             linear = self.linear or GMRES()
             return at_fixed_point(

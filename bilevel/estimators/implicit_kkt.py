@@ -14,10 +14,8 @@ from bilevel import _tree
 from bilevel._oracle import Oracle
 from bilevel._problem import CONSTRAINTS, BilevelProblem
 from bilevel._solution import Status
-from bilevel.estimators._base import Estimate, Estimator, failed
+from bilevel.estimators._base import Estimate, Estimator, failed, linear_tolerance
 from bilevel.estimators._kkt import ConstrainedLower, KKTSystem
-
-_SOLVED = 1e-6  # relative residual up to which the linear system counts as solved
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ class ImplicitKKT(Estimator):
     ) -> Estimate:
         """See `Estimator.estimate`."""
         oracle = Oracle(problem, data)
-        size = max(_rms(y), 1e-2 * _rms(x), 1e-3)
+        size = max(_tree.rms(y), 1e-2 * _tree.rms(x), 1e-3)
         lower = ConstrainedLower(oracle, x, data, size if math.isfinite(size) else 1.0)
         solved = lower.solve(y)
         if solved.status in (Status.NONFINITE, Status.LOWER_UNBOUNDED, Status.INFEASIBLE):
@@ -102,7 +100,7 @@ class ImplicitKKT(Estimator):
             status = Status.NONFINITE
         elif solved.status is not Status.CONVERGED:
             status = Status.LOWER_UNSOLVED
-        elif residual > max(_SOLVED, 100.0 * torch.finfo(x.dtype).eps) or not system.is_regular:
+        elif residual > linear_tolerance(x.dtype) or not system.is_regular:
             status = Status.LINEAR_UNSOLVED
         elif weak:
             status = Status.WEAKLY_ACTIVE
@@ -125,7 +123,3 @@ class ImplicitKKT(Estimator):
             noise=eps * abs(float(upper)) + _tree.length(upper_y) * size * solved.residual,
             evaluations=oracle.evaluations,
         )
-
-
-def _rms(vector: Tensor) -> float:
-    return _tree.length(vector) / math.sqrt(vector.numel())

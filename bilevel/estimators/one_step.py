@@ -14,11 +14,7 @@ from bilevel import _tree
 from bilevel._oracle import Oracle
 from bilevel._problem import BilevelProblem
 from bilevel._solution import Status
-from bilevel.estimators._base import Estimate, Estimator, failed
-
-_FALLEN = (
-    1e-2  # what may be left of the first gradient of f where the lower problem counts as solved
-)
+from bilevel.estimators._base import FALLEN, Estimate, Estimator, failed
 
 
 @dataclass(frozen=True)
@@ -102,7 +98,7 @@ class OneStep(Estimator):
         if not (finite and _tree.is_finite(grad)):
             return failed(oracle, x, y, Status.NONFINITE)
         scale = max(first, float((memory or {}).get("scale", 0.0)))
-        has_fallen = residual <= _FALLEN * scale
+        has_fallen = residual <= FALLEN * scale
         return Estimate(
             grad=grad,
             y=y_new,

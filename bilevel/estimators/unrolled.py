@@ -14,11 +14,8 @@ from bilevel import _tree
 from bilevel._oracle import Oracle
 from bilevel._problem import BilevelProblem
 from bilevel._solution import Status
-from bilevel.estimators._base import Estimate, Estimator, failed
+from bilevel.estimators._base import FALLEN, Estimate, Estimator, failed
 
-_FALLEN = (
-    1e-2  # what may be left of the first gradient of f where the lower problem counts as solved
-)
 _AT_HAND = 2**16  # numbers up to which all iterates are kept: half a megabyte in float64
 
 
@@ -113,7 +110,7 @@ class Unrolled(Estimator):
             return failed(oracle, x, y, Status.NONFINITE)
         eps = torch.finfo(x.dtype).eps
         scale = max(first, float((memory or {}).get("scale", 0.0)))
-        has_fallen = residual <= _FALLEN * scale and residual <= max(first, math.sqrt(eps) * scale)
+        has_fallen = residual <= FALLEN * scale and residual <= max(first, math.sqrt(eps) * scale)
         return Estimate(
             grad=grad,
             y=final,

@@ -122,8 +122,7 @@ class Newton(Minimizer):
 
 
 def _capped(direction: Tensor, y: Tensor) -> Tensor:
-    rms = _tree.length(y) / math.sqrt(y.numel())
-    limit = math.sqrt(y.numel()) * max(1.0, rms)
+    limit = math.sqrt(y.numel()) * max(1.0, _tree.rms(y))
     length = _tree.length(direction)
     return direction if length <= limit else direction * (limit / length)
 

@@ -90,7 +90,7 @@ class QuasiNewton:
     ) -> Tensor:
         """The step that would be tried first from `point`, shape (n,)."""
         x, grad = point.y, point.grad
-        cap = math.sqrt(x.numel()) * max(1.0, _tree.length(x) / math.sqrt(x.numel()))
+        cap = math.sqrt(x.numel()) * max(1.0, _tree.rms(x))
         steps, changes = memory["steps"], memory["changes"]
         if domain is not None and not isinstance(domain, Box):
             return _spectral(x, grad, steps, changes, domain, cap)

@@ -23,11 +23,11 @@ from bilevel import _autodiff
 from bilevel._problem import CONSTRAINTS, BilevelProblem, Box, excess, lower_value, vector
 from bilevel._solution import Evaluations
 from bilevel.estimators import _slsqp
+from bilevel.estimators._gap import rounding
 from bilevel.solvers._walls import Units
 
 _LARGE = 300  # x, y and multipliers above which SLSQP is no longer the method
 _FEASIBLE = 1e-8  # violation of a lower solution, in units of the constraints
-_CANCELLATION = 64.0  # f may be the sum of terms this much larger than itself
 _CUT_PENALTY = 10.0  # what a cut gives way where z breaks the lower constraints, in units of f
 
 
@@ -78,7 +78,7 @@ class KKTForm:
 
     def noise(self, lower: float, dtype: torch.dtype) -> float:
         """The rounding error of a difference of values of f near `lower`, in units of f."""
-        return _CANCELLATION * torch.finfo(dtype).eps * abs(lower) / self._units.lower
+        return rounding(lower, dtype) / self._units.lower
 
     def _count(self, name: str) -> int:
         return self._units.constraints[name].numel() if name in self._units.constraints else 0
