@@ -14,6 +14,10 @@ from bilevel import _autodiff
 from bilevel.estimators._numpy import clipped, to_numpy
 
 _FAR = 1e8  # growth at which its answer is no longer one
+_DEPENDENT = (2, 6)  # what it says of more equalities than variables, and of dependent ones
+_RANK = (
+    1e-10  # relative size of what a row adds to those before it, where it is independent of them
+)
 
 
 @dataclass(frozen=True)
@@ -65,25 +69,44 @@ def minimize(
     first = program.joined(start)
     raised: Any = torch.tensor(slack, dtype=torch.float64).numpy() if slack else 0.0
     rest = len(program.values(first)) - 1 - equalities
-    constraints: list[Any] = []
-    if equalities:
-        constraints.append({"type": "eq", **program.rows(equal)})
-    if rest:
-        constraints.append({"type": "ineq", **program.rows(over, raised)})
     objective = program.rows(0)
-    found = optimize.minimize(
-        objective["fun"],
-        first,
-        jac=objective["jac"],
-        method="SLSQP",
-        bounds=bounds,
-        constraints=constraints,
-        options={"maxiter": max_steps, "ftol": ftol},
-    )
+
+    def attempt(equal: Any, begin: Any) -> Any:
+        constraints: list[Any] = []
+        if equalities:
+            constraints.append({"type": "eq", **program.rows(equal)})
+        if rest:
+            constraints.append({"type": "ineq", **program.rows(over, raised)})
+        return optimize.minimize(
+            objective["fun"],
+            begin,
+            jac=objective["jac"],
+            method="SLSQP",
+            bounds=bounds,
+            constraints=constraints,
+            options={"maxiter": max_steps, "ftol": ftol},
+        )
+
+    found = attempt(equal, first)
+    if found.status in _DEPENDENT and equalities:
+        rows = _independent(program.slopes(found.x)[equal])
+        if len(rows) < equalities:
+            found = attempt(1 + rows, found.x)
     length = float(abs(found.x).max())
     far = not length <= _FAR * (1.0 + abs(first).max())  # also where it is NaN
     vectors = program.split(found.x) if math.isfinite(length) else list(start)
     return Answer(vectors, float(found.fun), far, program.value_count, program.slope_count)
+
+
+def _independent(rows: Any) -> Any:
+    """The numbers of the most independent rows of a matrix, the others being combinations of them."""
+    import scipy.linalg  # pyright: ignore[reportMissingTypeStubs]
+
+    linalg: Any = scipy.linalg
+    triangle, order = linalg.qr(rows.T, mode="r", pivoting=True)
+    sizes = abs(triangle.diagonal())
+    rank = int((sizes > _RANK * sizes.max()).sum())
+    return order[:rank]
 
 
 class _Program:
