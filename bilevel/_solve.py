@@ -7,7 +7,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -178,7 +177,8 @@ def solve(
             `max_steps` is no failure.
         starts: Run from several starts and keep the best certified answer: the number of starts, x0 and y0 and
             seeded perturbations of them, or further pairs (x0, y0) to be tried after the given one. For the
-            full batch only. A start that fails does not end the others.
+            full batch only. A start that fails does not end the others. ASBLO, whose path begins where F is smallest
+            over x and y together, stays near the further starts: see `ASBLO.first_stage`.
 
     Returns:
         The solution, with a certificate where no batches were given. Of several starts, that of smallest F among
@@ -218,7 +218,13 @@ def solve(
         )
     _check_batches("solve", batches)
     if starts is not None:
-        run = partial(solve, problem, solver, max_steps=max_steps, throw=False)
+
+        def run(number: int, x0: Tree, y0: Tree, callback: Callable[[State], object]) -> Solution:
+            method = solver.nearby() if number else solver
+            return solve(
+                problem, method, x0, y0, max_steps=max_steps, callback=callback, throw=False
+            )
+
         pairs = starting_points(x0, y0, starts, batches)
         return best_of(pairs, run, type(solver).__name__, callback, throw)
     data: list[Any] = [None]

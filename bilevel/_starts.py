@@ -87,7 +87,7 @@ def best_of(
 
     Args:
         pairs: The starts.
-        run: `solve` with all but the start and the callback, which throws nothing that is a status.
+        run: Solves from the start of a number, with a callback, and throws nothing that is a status.
         name: The solver, for messages.
         callback: Called with each state of each run; a true answer ends all.
         throw: Raise where every start failed.
@@ -98,10 +98,10 @@ def best_of(
     evaluations, tried = Evaluations(), 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", BilevelWarning)
-        for x0, y0 in pairs:
-            watched, tried = _Watched(callback), tried + 1
+        for tried, (x0, y0) in enumerate(pairs, 1):
+            watched = _Watched(callback)
             try:
-                found.append(run(x0, y0, callback=watched))
+                found.append(run(tried - 1, x0, y0, watched))
                 evaluations += found[-1].evaluations
             except (NonFiniteError, InfeasibleError, UnboundedError) as error:
                 errors.append(error)

@@ -141,3 +141,22 @@ def test_start_that_raised_has_its_evaluations_counted_up_to_there() -> None:
 def test_starts_of_another_kind_are_refused(starts: object) -> None:
     with pytest.raises(TypeError, match=r"solve\(starts=...\)` must be an instance of `int` or"):
         bl.solve(TOY.problem, IMPLICIT, START, -START, max_steps=5, starts=starts)  # pyright: ignore[reportArgumentType]
+
+
+def test_further_starts_of_asblo_reach_what_its_path_does_not() -> None:
+    """y*(x) has a peak at 1.2, where the path from the minimum of F leads, and a higher one at -1."""
+
+    def peaks(x: Tensor) -> Tensor:
+        return (-10.0 * (x + 1.0) ** 2).exp() + 0.8 * (-10.0 * (x - 1.2) ** 2).exp()
+
+    problem = bl.BilevelProblem(
+        lambda x, y, data: ((y - 1.0) ** 2 + 1e-3 * (x - 1.2) ** 2).sum(),
+        lambda x, y, data: ((y - peaks(x)) ** 2).sum(),
+    )
+    alone = bl.solve(problem, bl.ASBLO(), *at(0.0), max_steps=300)
+    best = bl.solve(problem, bl.ASBLO(), *at(0.0), max_steps=300, starts=8)
+    assert alone.x.item() == pytest.approx(1.2, abs=1e-3)
+    assert best.x.item() == pytest.approx(-0.978, abs=1e-3)
+    assert best.upper < alone.upper
+    assert best.certificate is not None
+    assert best.certificate.is_trusted

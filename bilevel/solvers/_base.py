@@ -18,6 +18,10 @@ class Solver(ABC):
         """Whether y is to maximize F over the lower solutions; the answer is certified as what was solved."""
         return False
 
+    def nearby(self) -> Solver:
+        """The solver for a further start of `solve(starts=...)`: one whose answer depends on where it starts."""
+        return self
+
     @abstractmethod
     def init(
         self, problem: BilevelProblem, x0: Tree, y0: Tree, data: Any, *, full_batch: bool

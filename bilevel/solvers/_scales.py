@@ -41,15 +41,15 @@ class Scales(NamedTuple):
 
 
 def measure(
-    problem: BilevelProblem, x: Tensor, y: Tensor, minimizer: Minimizer, *, pessimistic: bool
+    problem: BilevelProblem, x: Tensor, y: Tensor, minimizer: Minimizer, *, jointly: bool
 ) -> Scales:
     """Solve the two ends of ASBLO's path: f alone at x, and F alone in x and y together.
 
     With an infinite slack the barrier vanishes and ASBLO minimizes F over both variables; with none, y
     minimizes f. The range of F and of f between these two ends is their scale. The joint minimizer of F
     is where the path starts: from there F, not the user's y0, chooses the basin of the lower problem.
-    A pessimistic problem has no such end, and starts where the user says. z starts in the deepest basin
-    of f that is found from there.
+    A pessimistic problem has no such end, and starts where the user says, as one does that is not to start `jointly`.
+    z starts in the deepest basin of f that is found from there.
     """
     oracle = Oracle(problem)
     first = RegularizedLower(oracle, x, 0.0).evaluate(y)
@@ -61,7 +61,7 @@ def measure(
     values = [oracle.upper_grad(x, v) for v in (y, z)]
     if not all(bool(torch.isfinite(part).all()) for at in values for part in at):
         return _failed(x, z, Status.NONFINITE, oracle)
-    joint = None if pessimistic else _minimize_jointly(oracle, problem.domain, x, z)
+    joint = _minimize_jointly(oracle, problem.domain, x, z) if jointly else None
     start_x, start_y = joint or (x, y)
     basins = explore(oracle, start_x, start_y, minimizer, seed=1)
     if basins.status is not Status.CONVERGED:

@@ -42,6 +42,7 @@ class Sequence(NamedTuple):
         optimizer: Takes the upper steps.
         rtol: Estimated relative error of x at which the walk ends.
         pessimistic: Whether y maximizes F.
+        first_stage: The stage to begin with.
     """
 
     stage: Callable[[int, float, float, float], ValueFunction]
@@ -50,19 +51,21 @@ class Sequence(NamedTuple):
     optimizer: QuasiNewton
     rtol: float
     pessimistic: bool
+    first_stage: int
 
 
 def init(sequence: Sequence, problem: BilevelProblem, x0: Tree, y0: Tree) -> State:
     """Measure the units and stand at the start of the path."""
     flat, (x, y), unravel_x, unravel_y = ravel(problem, x0, y0)
-    scales: Scales = measure(flat, x, y, sequence.minimizer, pessimistic=sequence.pessimistic)
+    jointly = sequence.first_stage == 0 and not sequence.pessimistic
+    scales: Scales = measure(flat, x, y, sequence.minimizer, jointly=jointly)
     return State(
         x=unravel_x(scales.x),
         y=unravel_y(scales.y),
         status=scales.status,
         message="" if scales.status is Status.RUNNING else f"{scales.status.value} (at x0)",
         memory={
-            "stage": 0,
+            "stage": sequence.first_stage,
             "units": [scales.lower, scales.upper, scales.square],
             "quasi_newton": sequence.optimizer.init(x),
             "warm": {"z": scales.z},
@@ -120,7 +123,7 @@ def step(sequence: Sequence, problem: BilevelProblem, state: State) -> State:
         status = Status.UPPER_UNBOUNDED
         message = f"{status.value} (in stage {k})"
     elif stuck or _is_solved(sequence.optimizer, point, memory, flat.domain, tol):
-        status, message = _close_stage(sequence, x, estimate, memory, flat.domain)
+        status, message = _close_stage(sequence, x, y, estimate, memory, flat.domain)
     return State(
         x=unravel_x(x),
         y=unravel_y(y),
@@ -166,35 +169,37 @@ def _is_solved(
 def _close_stage(
     sequence: Sequence,
     x: Tensor,
+    y: Tensor,
     estimate: Estimate,
     memory: dict[str, Any],
     domain: Projection | None,
 ) -> tuple[Status, str]:
     """Set the memory for the next stage, or for the sharp solve that ends the last one.
 
-    The error of x is O(1/lambda), so that two stages with multipliers lambda' < lambda tell how much is left:
-    |x - x'| r / (1 - r), r = lambda'/lambda. The same line predicts where the next stage's solution lies.
+    The errors of x and y are O(1/lambda), so that two stages with multipliers lambda' < lambda tell how much is
+    left: |x - x'| r / (1 - r), r = lambda'/lambda. The same line predicts where the next stage's solution lies.
+    y counts too: at a bound x stands still while y still moves.
     """
     k, (lower_unit, _, _) = memory["stage"], memory["units"]
     before: dict[str, Any] | None = memory.get("before")
     multiplier = estimate.info["multiplier"]
-    size = max(_tree.length(x), 1e-3 * math.sqrt(x.numel()))
-    error = math.inf
+    size = _size(x)
+    error, relative = math.inf, math.inf
     if before is not None and before["multiplier"] < multiplier:
         ratio = before["multiplier"] / multiplier
-        error = _tree.length(x - before["x"]) * ratio / (1.0 - ratio)
+        moved_x, moved_y = _tree.length(x - before["x"]), _tree.length(y - before["y"])
+        error = moved_x * ratio / (1.0 - ratio)
+        relative = max(moved_x / size, moved_y / _size(y)) * ratio / (1.0 - ratio)
     # lambda ~ epsilon^(-1/2): its error 1/lambda and its noise lambda times the rounding error meet at eps.
     eps = torch.finfo(x.dtype).eps
     resolution = max(eps * lower_unit, _ROUNDING * estimate.info["gap_noise"])
-    is_accurate = (
-        error <= sequence.rtol * size and estimate.info["value_gap"] <= _GAP_TOL * lower_unit
-    )
+    is_accurate = relative <= sequence.rtol and estimate.info["value_gap"] <= _GAP_TOL * lower_unit
     is_last = sequence.epsilon(k + 1) * lower_unit < resolution
     is_sharp = memory.pop("target", None) is not None
     if is_accurate or is_last:
         if is_sharp:
             reason = "the slack reached the rounding error of f"
-            reason = f"estimated error of x {error / size:.2g} of |x|" if is_accurate else reason
+            reason = f"estimated relative error {relative:.2g}" if is_accurate else reason
             return _verdict(estimate, f"{reason}, after {k + 1} stages")
         floor = _ROUNDING * eps * size
         memory["target"] = max(_SHARP * min(error, size), _SHARP * sequence.rtol * size, floor)
@@ -202,11 +207,15 @@ def _close_stage(
         return Status.RUNNING, ""
     del memory["phi"]
     memory["stage"] = k + 1
-    memory["before"] = {"x": x, "multiplier": multiplier}
+    memory["before"] = {"x": x, "y": y, "multiplier": multiplier}
     if before is not None:
         shift = (x - before["x"]) * _extrapolation(sequence, k, before["multiplier"], multiplier)
         memory["next_x"] = x + shift if domain is None else domain(x + shift)
     return Status.RUNNING, ""
+
+
+def _size(v: Tensor) -> float:
+    return max(_tree.length(v), 1e-3 * math.sqrt(v.numel()))
 
 
 def _extrapolation(sequence: Sequence, k: int, before: float, now: float) -> float:

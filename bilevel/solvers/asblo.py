@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -35,6 +35,7 @@ _SINGLE_LOOP = {
     "sigma": polynomial(1.0, 1.0, scale=100.0),
     "epsilon": polynomial(1.0, 2.0, scale=100.0),
 }
+_NEARBY = 3  # the first stage of a further start: its slack keeps y in the basin it starts in
 _LATE_STAGE = 10  # by which a schedule of the full batch must have fallen
 
 
@@ -72,7 +73,9 @@ class ASBLO(Solver):
         epsilon: Schedule of the slack, in units of f; > 0 where theta is None.
         kappa: Where the barrier turns from logarithmic to rational, in units of f, > 0.
         pessimistic: Let y maximize F over the lower solutions instead of minimizing it.
-        rtol: Full batch: relative error of x at which the sequence ends, > 0.
+        rtol: Full batch: relative error of x and y at which the sequence ends, > 0.
+        first_stage: Full batch: the stage to begin with, >= 0. From 0 the path starts where F is smallest over x
+            and y together; from a later one, with its smaller slack, at x0 and in the basin of y0.
         minimizer: Full batch: finds z and y.
         optimizer: Full batch: takes the upper steps.
         value_steps: Mini-batches: steps on z in each upper step, >= 1.
@@ -86,7 +89,8 @@ class ASBLO(Solver):
         max_multiplier: Mini-batches: largest $\lambda$, in units of F over f, > 0.
 
     Raises:
-        ValueError: A parameter is out of its range, or a schedule of the full batch does not fall.
+        ValueError: A parameter is out of its range, a schedule of the full batch does not fall, or the form is
+            pessimistic and there are lower constraints.
         TypeError: A schedule or a part is of the wrong kind.
 
     Example:
@@ -115,6 +119,7 @@ class ASBLO(Solver):
     kappa: float = 1.0
     pessimistic: bool = False  # pyright: ignore[reportIncompatibleMethodOverride]  # as frozen
     rtol: float = 1e-5
+    first_stage: int = 0
     minimizer: Minimizer = field(default_factory=Newton)
     optimizer: QuasiNewton = field(default_factory=QuasiNewton)
     value_steps: int = 1
@@ -132,6 +137,10 @@ class ASBLO(Solver):
             _fields.check_positive(self, name, "Leave it out for the default.")
         for name in ("value_steps", "lower_steps"):
             _fields.check_at_least_one(self, name)
+        if self.first_stage < 0:
+            raise ValueError(
+                f"`ASBLO(first_stage=...)` must be at least 0. Got first_stage={self.first_stage}. Leave it out."
+            )
         if self.multiplier not in ("slack", "gap"):
             raise ValueError(
                 f'`ASBLO(multiplier=...)` must be "slack" or "gap". Got {self.multiplier!r}. '
@@ -151,12 +160,21 @@ class ASBLO(Solver):
                     "Wrap the class, e.g. `Torch(torch.optim.Adam, lr=1e-3)`."
                 )
 
+    def nearby(self) -> ASBLO:
+        """See `Solver.nearby`."""
+        return replace(self, first_stage=max(self.first_stage, _NEARBY))
+
     def init(
         self, problem: BilevelProblem, x0: Tree, y0: Tree, data: Any, *, full_batch: bool
     ) -> State:
         """See `Solver.init`."""
         if full_batch:
             self._check_schedules_fall()
+            if self.pessimistic and (problem.lower_constraint or problem.lower_equality):
+                raise ValueError(
+                    "`ASBLO(pessimistic=True)` must have a lower level without constraints. Got `lower_constraint` or "
+                    "`lower_equality`. Put them into f as a penalty, or solve the optimistic form."
+                )
             return _full_batch.init(self._sequence(), problem, x0, y0)
         refuse_constraints(problem, "ASBLO on batches")
         return _single_loop.init(self._single_loop(), problem, x0, y0, data)
@@ -213,6 +231,7 @@ class ASBLO(Solver):
             optimizer=self.optimizer,
             rtol=self.rtol,
             pessimistic=self.pessimistic,
+            first_stage=self.first_stage,
         )
 
     def _single_loop(self) -> _single_loop.SingleLoop:
