@@ -296,3 +296,53 @@ def test_stages_are_estimators_in_the_units_of_the_problem() -> None:
     assert second.sigma < first.sigma
     given = bl.ASBLO(theta=bl.schedules.constant(0.5)).stage(0, upper=3.0, square=4.0)
     assert given.theta == 0.5 * 3.0 / 4.0
+
+
+def test_y_is_exact_where_x_is_held_by_a_bound() -> None:
+    """x stands still from stage to stage, so that its movement says nothing of how far y has come."""
+    for bound, slope, target in ((1.0, 1.0, 1.02), (0.4, 2.0, 1.0)):
+        problem = bl.BilevelProblem(
+            lambda x, y, data, target=target: ((y - target) ** 2).sum(),
+            lambda x, y, data, slope=slope: ((y - slope * x) ** 2).sum(),
+            domain=bl.Box(0.3, bound),
+        )
+        for x0 in (-3.0, 0.35, 9.0):  # two of them outside
+            found = solved(problem, torch.tensor([x0]).double(), torch.zeros(1).double())
+            assert found.x.item() == bound
+            assert found.y.item() == pytest.approx(slope * bound, abs=1e-9)
+
+
+@pytest.mark.parametrize("unit", [1e-6, 1e-3, 1e3, 1e6])
+@pytest.mark.parametrize("level", ["x", "y"])
+def test_units_of_the_variables_do_not_matter(level: str, unit: float) -> None:
+    a, b = (unit, 1.0) if level == "x" else (1.0, unit)
+    problem = bl.BilevelProblem(
+        lambda x, y, data: ((x / a - 3.0) ** 2 + (y / b - 2.0) ** 2).sum(),
+        lambda x, y, data: ((y / b - x / a) ** 2).sum(),
+    )
+    found = solved(problem, torch.zeros(1).double(), torch.zeros(1).double())
+    assert found.x.item() / a == pytest.approx(2.5, rel=1e-4)
+    assert found.y.item() / b == pytest.approx(2.5, rel=1e-4)
+    assert found.upper == pytest.approx(0.5, rel=1e-6)
+
+
+def test_kink_of_the_upper_objective_does_not_hold_up_the_path() -> None:
+    problem = bl.BilevelProblem(
+        lambda x, y, data: torch.maximum((y - 1.0) ** 2, (x - 2.0) ** 2).sum(),
+        lambda x, y, data: ((y - x) ** 2).sum(),
+    )
+    found = solved(problem, torch.zeros(1).double(), torch.zeros(1).double())
+    assert found.x.item() == pytest.approx(1.5, abs=1e-6)
+    assert found.evaluations.gradients < 60_000
+
+
+def test_pessimistic_form_refuses_lower_constraints() -> None:
+    problem = bl.BilevelProblem(
+        lambda x, y, data: (x + y).sum(),
+        lambda x, y, data: (0.0 * x * y).sum(),
+        lower_constraint=lambda x, y, data: y - 1.0,
+    )
+    with pytest.raises(ValueError, match="must have a lower level without constraints"):
+        solved(
+            problem, torch.zeros(1).double(), torch.zeros(1).double(), bl.ASBLO(pessimistic=True)
+        )

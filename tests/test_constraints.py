@@ -253,7 +253,55 @@ def test_contradicting_constraints_are_infeasible() -> None:
     )
     solution = bl.solve(problem, bl.ASBLO(), vector(0.5), vector(0.5), max_steps=300, throw=False)
     assert solution.status is bl.Status.INFEASIBLE
-    assert "violated" in solution.message
+    assert "infeasible: `lower_constraint` is violated" in solution.message
+
+
+def on_a_line(**fields: Any) -> bl.BilevelProblem:
+    """y* = min(x, 1) or what the fields make of it."""
+    return replace(
+        bl.BilevelProblem(
+            lambda x, y, data: square(x - 3.0) + square(y - 2.0),
+            lambda x, y, data: square(y - x),
+            lower_constraint=lambda x, y, data: y - 1.0,
+        ),
+        **fields,
+    )
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1e3, 1e6])
+def test_factor_of_f_does_not_matter_where_its_gradient_vanishes_at_the_start(
+    factor: float,
+) -> None:
+    problem = on_a_line(lower=lambda x, y, data: factor * square(y - x))
+    found = bl.solve(problem, bl.ASBLO(), vector(0.0), vector(0.0), max_steps=300)
+    torch.testing.assert_close(found.x, vector(3.0))
+    torch.testing.assert_close(found.y, vector(1.0))
+
+
+def test_equality_may_say_the_same_twice() -> None:
+    problem = on_a_line(
+        lower_constraint=None,
+        lower_equality=lambda x, y, data: torch.stack([y.sum() - 1.0, 2.0 * y.sum() - 2.0]),
+    )
+    found = bl.solve(problem, bl.ASBLO(), vector(0.0), vector(0.0, 0.0), max_steps=300)
+    torch.testing.assert_close(found.x, vector(3.0))
+    torch.testing.assert_close(found.y, vector(0.5, 0.5))
+    assert found.certificate is not None
+    assert found.certificate.is_trusted
+
+
+def test_upper_value_without_bound_is_no_answer() -> None:
+    problem = on_a_line(upper=lambda x, y, data: -x.sum() + square(y - 2.0))
+    found = bl.solve(problem, bl.ASBLO(), vector(0.0), vector(0.0), max_steps=300, throw=False)
+    assert found.status is bl.Status.UPPER_UNBOUNDED
+
+
+@pytest.mark.parametrize("name", ["upper_constraint", "lower_constraint", "lower_equality"])
+def test_constraint_that_is_nan_is_no_answer(name: str) -> None:
+    problem = on_a_line(**{name: lambda x, y, data: x * y * float("nan")})
+    found = bl.solve(problem, bl.ASBLO(), vector(0.0), vector(0.0), max_steps=300, throw=False)
+    assert found.status is bl.Status.NONFINITE
+    assert f"`{name}` is not finite" in found.message
 
 
 def test_many_variables_follow_the_path_alone() -> None:

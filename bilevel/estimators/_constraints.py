@@ -83,4 +83,4 @@ def fit_multipliers(grad: Tensor, rows: Tensor, equality_rows: Tensor) -> Fit:
 
 def positive(sizes: Tensor) -> Tensor:
     """Sizes to divide by: 1 where they are zero."""
-    return torch.where(sizes > 0.0, sizes, torch.ones_like(sizes))
+    return torch.where(sizes == 0.0, torch.ones_like(sizes), sizes)

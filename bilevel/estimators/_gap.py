@@ -169,6 +169,8 @@ class GapFunction(SmoothFunction):
         value, upper_x, upper_y = self._oracle.upper_grad(self._x, y)
         upper = float(value)
         gap_y = lower_y + self._in_gap * y
+        # F may be a small square of a difference: then the rounding of y itself tells
+        eps, slope = torch.finfo(y.dtype).eps, _tree.length(upper_y)
         total = (
             self.sign * upper
             + float(self._p.barrier.value(z, sigma))
@@ -178,7 +180,7 @@ class GapFunction(SmoothFunction):
             y,
             total,
             self.sign * upper_y + multiplier * gap_y + self._theta * y,
-            noise=torch.finfo(y.dtype).eps * abs(upper) + multiplier * gap_noise,
+            noise=eps * (abs(upper) + slope * _tree.length(y)) + multiplier * gap_noise,
             extra=AtY(
                 upper,
                 lower,
@@ -190,7 +192,7 @@ class GapFunction(SmoothFunction):
                 upper_x,
                 lower_x,
                 gap_y,
-                _tree.length(upper_y),
+                slope,
             ),
         )
 

@@ -21,13 +21,14 @@ from bilevel._oracle import Oracle
 from bilevel._problem import BilevelProblem, projected_by, ravel
 from bilevel._solution import State, Status
 from bilevel._types import Tree
-from bilevel.estimators._basins import explore
+from bilevel.estimators._basins import Basins, explore
 from bilevel.solvers import _sequential, _walls
 from bilevel.solvers._kkt_form import KKTForm, Point
 from bilevel.solvers._sequential import Sequence
 
 _STAGES = 4  # of the path, where constraints make the KKT form follow anyway
 _PATH_GRADIENTS = 3000  # after which the path is left for the same reason
+_MANY_GRADIENTS = 30_000  # after which it is left without constraints: a kink of F or f holds it up
 _VALUES = 30_000  # evaluations of f after which no other start is tried
 _FAR = (1.0, 1e-2, 1e-4, 1e-6, 1e-9)  # relaxations t, where y may leave the start for a better F
 _NEAR = (1e-3, 1e-6, 1e-9)  # and where it stays with the piece of the lower solutions that it is on
@@ -48,6 +49,8 @@ _AROUND = (0.3, 1.0, 1.0, 3.0)  # distances of the starts of the search for a be
 _ROUNDS = 6  # cuts at most from one start
 _CUTS = 6  # kept at most, the newest
 _ENDED_WITH_AN_ANSWER = (Status.CONVERGED, Status.LOWER_UNSOLVED, Status.STALLED)
+_UNBOUNDED = 1e8  # growth of |x| at which a minimum is not believed to exist
+_POLISH = 1e-2  # of the size of y: how far the solution of the last stage may be from the lower one
 _APART = 1e-3  # of the size of y: how far another basin is
 _TIE = 1e-9  # in units of f: by how much the minimum there may be lower
 _VIOLATION, _GAP = 1e-7, 1e-7  # of an answer that holds, in units of the constraints and of f
@@ -91,6 +94,7 @@ class Answer(NamedTuple):
 def init(sequence: Sequence, problem: BilevelProblem, x0: Tree, y0: Tree) -> State:
     """Measure the units, and stand at the start of the path."""
     flat, (x, y), unravel_x, unravel_y = ravel(problem, x0, y0)
+    x = projected_by(flat.domain, x)  # units measured outside would be those of another problem
     oracle = Oracle(flat)
     units = _walls.measure(oracle, x, y)
     state = _sequential.init(sequence, _walls.walled(flat, units, 0), x, y)
@@ -100,6 +104,10 @@ def init(sequence: Sequence, problem: BilevelProblem, x0: Tree, y0: Tree) -> Sta
         "start": [x, y],
     }
     state = replace(state, memory=memory, evaluations=state.evaluations + oracle.evaluations)
+    for name, unit in units.constraints.items():
+        if not _tree.is_finite(unit):
+            message = f"`{name}` is not finite at x0 and y0"
+            return replace(state, x=x0, y=y0, status=Status.NONFINITE, message=message)
     if units.constraints and state.status in (Status.LOWER_UNBOUNDED, Status.NONFINITE):
         # the barriers are finite outside the constraints, where f may be unbounded or undefined
         state = _with_starts(sequence, flat, replace(state, x=x, y=y), units)
@@ -128,17 +136,34 @@ def _along_the_path(
         replace(state, memory=path, step=state.step - 1),
     )
     ended = moved.status is not Status.RUNNING
-    late = moved.memory["stage"] >= _STAGES or moved.evaluations.gradients > _PATH_GRADIENTS
+    gradients = moved.evaluations.gradients
+    late = moved.memory["stage"] >= _STAGES or gradients > _PATH_GRADIENTS
     state = replace(moved, memory={**state.memory, "path": dict(moved.memory)})
     if units.constraints:
         return _with_starts(sequence, flat, state, units) if late or ended else state
+    if not ended and gradients > _MANY_GRADIENTS:
+        return _with_starts(sequence, flat, state, units)
     if moved.status in _ENDED_WITH_AN_ANSWER:
         oracle = Oracle(flat)
         basins = explore(oracle, moved.x, moved.y, sequence.minimizer, seed=2)
         state = replace(state, evaluations=state.evaluations + oracle.evaluations)
         if basins.lowest < basins.nearest or moved.status.is_failure:
             return _with_starts(sequence, flat, state, units)
+        state = _on_the_lower_solution(oracle, state, basins)
+        state = replace(state, evaluations=moved.evaluations + oracle.evaluations)
     return state
+
+
+def _on_the_lower_solution(oracle: Oracle, state: State, basins: Basins) -> State:
+    """The state with y moved over what the slack of the last stage left it short of the lower solution."""
+    y = basins.nearest_y
+    if _tree.length(y - state.y) > _POLISH * max(_tree.length(y), 1e-3 * math.sqrt(y.numel())):
+        return state
+    upper, lower = float(oracle.upper(state.x, y)), basins.nearest
+    if not math.isfinite(upper):
+        return state
+    metrics = {**state.metrics, "upper": upper, "lower": lower, "value_gap": 0.0}
+    return replace(state, y=y, metrics=metrics)
 
 
 def _with_starts(
@@ -157,9 +182,11 @@ def _with_starts(
             "verdict": [state.status.name, state.message],
         }
         return replace(state, status=Status.RUNNING, message="", memory={**state.memory, **more})
-    violation = form.violation(state.x, state.y)
+    name, violation = form.worst(state.x, state.y)
     if state.status is Status.CONVERGED and violation > math.sqrt(_VIOLATION):
-        message = f"a constraint is violated by {violation:.2g} of its size; {state.message}"
+        message = (
+            f"infeasible: `{name}` is violated by {violation:.2g} of its size; {state.message}"
+        )
         return replace(state, status=Status.INFEASIBLE, message=message)
     return state
 
@@ -198,6 +225,10 @@ def _from_a_start(flat: BilevelProblem, state: State, form: KKTForm) -> State:
     )
     if number < _LAST and values <= _VALUES:
         return state
+    if best.holds and _tree.length(best.x) > _UNBOUNDED * (1.0 + _tree.length(memory["start"][0])):
+        status = Status.UPPER_UNBOUNDED
+        message = f"{status.value} (F = {best.upper:.2g} at |x| = {_tree.length(best.x):.2g})"
+        return replace(state, status=status, message=message)
     if best.holds:
         message = f"the best of {number + 1} starts on the KKT conditions of the lower level"
         return replace(state, status=Status.CONVERGED, message=message)

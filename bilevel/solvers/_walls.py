@@ -27,6 +27,8 @@ _DELTA = (0.1, 0.2 / 3.0)  # where the parabola begins: its push, sigma / delta,
 class Units(NamedTuple):
     """What F, f and each constraint are measured in: their change over the reach of x and y.
 
+    A constraint has no finite unit where its value at the start is not finite.
+
     Attributes:
         upper: Unit of F.
         lower: Unit of f.
@@ -45,10 +47,13 @@ def measure(oracle: Oracle, x: Tensor, y: Tensor) -> Units:
     for name in CONSTRAINTS:
         if getattr(oracle.problem, name) is not None:
             at = linearize(oracle.problem, name, x, y, None)
-            slopes: Any = (torch.cat([at.in_x, at.in_y], 1) ** 2).sum(1)
-            sizes[name] = positive(torch.maximum(at.value.abs(), reach * slopes.sqrt()))
+            slopes: Any = (torch.cat([at.in_x, at.in_y], 1) ** 2).sum(1).sqrt()
+            steep = torch.where(slopes.isfinite(), reach * slopes, torch.zeros_like(slopes))
+            sizes[name] = positive(torch.maximum(at.value.abs(), steep))
     # where a gradient happens to vanish, one beside the point tells
-    beside = [v + math.sqrt(reach) * torch.cos(torch.arange(v.numel()).to(v)) for v in (x, y)]
+    phases = torch.arange(x.numel() + y.numel(), dtype=torch.float64).cos()
+    shifts = torch.split(math.sqrt(reach) * phases, [x.numel(), y.numel()])
+    beside = [v + shift.to(v) for v, shift in zip((x, y), shifts, strict=True)]
     upper, lower = (
         reach * (_slope(gradient, x, y) or _slope(gradient, *beside) or 1.0)
         for gradient in (oracle.upper_grad, oracle.lower_grad)
