@@ -30,13 +30,12 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
+from page import DOCS, table, write
 from scipy.optimize import minimize
 from torch import Tensor
 
 import bilevel as bl
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
-BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 F_TOL, GAP_TOL, VIOLATION_TOL = 1e-2, 1e-3, 1e-6
 MAX_STEPS = 1000
 STARTS = 12  # random ones of the lower problem, where the value gap is measured
@@ -256,16 +255,6 @@ def row(outcomes: list[Outcome]) -> list[str]:
     ]
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table whose columns are aligned in the source too."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = [head, ["-" * width for width in widths], *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
-        for line in lines
-    )
-
-
 def report(outcomes: list[Outcome]) -> str:
     """The tables by suite, and what ASBLO did not solve."""
     head = ["method", "solved", "", "refused", "median s", "longest s", "median gradients"]
@@ -304,10 +293,7 @@ def main(a: Arguments):
     today = datetime.now(UTC).date().isoformat()
     result = {"date": today, "limit": a.limit, "outcomes": [asdict(o) for o in outcomes]}
     (DOCS / "scoreboard.json").write_text(json.dumps(result, indent=1) + "\n")
-    page = DOCS / "scoreboard.md"
-    before, after = page.read_text().split(BEGIN)[0], page.read_text().split(END)[1]
-    page.write_text(f"{before}{BEGIN}\n\nMeasured on {today}.\n\n{text}\n\n{END}{after}")
-    print(f"\nWritten to {page} and {DOCS / 'scoreboard.json'}")
+    write(DOCS / "scoreboard.md", f"Measured on {today}.\n\n{text}")
 
 
 if __name__ == "__main__":

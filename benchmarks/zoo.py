@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+from page import DOCS, table, write
 
 import bilevel as bl
 from bilevel.testing import problems
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "zoo.md"
-BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 SOLVERS = {"ASBLO": bl.ASBLO(), "Implicit": bl.HypergradientDescent(bl.Implicit())}
 UNROLLED = bl.HypergradientDescent(bl.Unrolled(max_steps=100, lr=0.5))  # for BDA alone
 MAX_STEPS = 1000
@@ -69,16 +67,6 @@ def row(problem: str, method: str, runs: list[Run]) -> list[str]:
     ]
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table whose columns are aligned in the source too."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = [head, ["-" * width for width in widths], *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
-        for line in lines
-    )
-
-
 def main() -> None:
     torch.set_num_threads(1)
     rows: list[list[str]] = []
@@ -114,10 +102,7 @@ def main() -> None:
         text += "\n\nWhere x ends on BDA, whose solution is x = 1:\n\n"
         text += table(["start", *SOLVERS, "Unrolled"], bda)
     print("\n" + text)
-    page = PAGE.read_text(encoding="utf-8")
-    before, after = page.split(BEGIN)[0], page.split(END)[1]
-    PAGE.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
-    print(f"\nWritten to {PAGE}")
+    write(DOCS / "zoo.md", text)
 
 
 if __name__ == "__main__":
