@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel import _tree
+from bilevel._errors import check_count, check_number
 from bilevel._oracle import Oracle
 from bilevel._problem import BilevelProblem
 from bilevel._solution import Status
@@ -43,6 +44,7 @@ class Unrolled(Estimator):
 
     Raises:
         ValueError: A parameter is out of its range.
+        TypeError: A parameter is of the wrong kind.
 
     Example:
         >>> import torch, bilevel as bl
@@ -68,19 +70,11 @@ class Unrolled(Estimator):
     mode: Literal["reverse", "forward"] = "reverse"
 
     def __post_init__(self) -> None:
-        if self.max_steps < 1:
-            raise ValueError(
-                f"`Unrolled(max_steps=...)` must be at least 1. Got max_steps={self.max_steps}. Raise it."
-            )
-        if not (self.lr > 0.0 and math.isfinite(self.lr)):
-            raise ValueError(
-                f"`Unrolled(lr=...)` must be a finite number > 0. Got lr={self.lr}. Use e.g. 0.1."
-            )
-        if self.truncate is not None and self.truncate < 1:
-            raise ValueError(
-                f"`Unrolled(truncate=...)` must be at least 1, or None. Got truncate={self.truncate}. "
-                "Give the number of last steps to differentiate, or leave it out for all."
-            )
+        check_count("Unrolled", "max_steps", self.max_steps, "Raise it, e.g. to 100.")
+        check_number("Unrolled", "lr", self.lr, "Use e.g. 0.1.")
+        if self.truncate is not None:
+            mend = "Give the number of last steps to differentiate, or leave it out for all."
+            check_count("Unrolled", "truncate", self.truncate, mend)
         if self.mode not in ("reverse", "forward"):
             raise ValueError(
                 f'`Unrolled(mode=...)` must be "reverse" or "forward". Got mode={self.mode!r}. '

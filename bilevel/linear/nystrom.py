@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel._errors import check_count, check_number
 from bilevel._tree import norm
 from bilevel._types import Tree
 from bilevel.linear._base import LinearSolver, System, check_limits, system, trivial
@@ -63,15 +64,9 @@ class Nystrom(LinearSolver):
 
     def __post_init__(self) -> None:
         check_limits("Nystrom", self.rtol, self.max_steps)
-        if self.rank < 1:
-            raise ValueError(
-                f"`Nystrom(rank=...)` must be at least 1. Got rank={self.rank}. Pass e.g. 20."
-            )
-        if self.rho is not None and not 0.0 < self.rho < math.inf:
-            raise ValueError(
-                "`Nystrom(rho=...)` must be a finite number above 0, or None. "
-                f"Got rho={self.rho}. Pass None to iterate to the solution."
-            )
+        check_count("Nystrom", "rank", self.rank, "Pass e.g. 20.")
+        if self.rho is not None:
+            check_number("Nystrom", "rho", self.rho, "Pass None to iterate to the solution.")
 
     def solve(self, matvec: Callable[[Tree], Tree], b: Tree, v0: Tree | None = None) -> Tree:
         """See `LinearSolver.solve`; with `rho`, `v0` is not needed."""

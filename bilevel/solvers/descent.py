@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from bilevel import _tree
-from bilevel._errors import BilevelWarning, check_kind
+from bilevel._errors import BilevelWarning, check_kind, check_number
 from bilevel._problem import BilevelProblem, projected_by, ravel
 from bilevel._solution import Evaluations, State, Status
 from bilevel._types import Tree
@@ -61,10 +61,7 @@ class HypergradientDescent(Solver):
             (QuasiNewton, Torch),
             "Wrap an optimizer of torch, e.g. `Torch(torch.optim.Adam, lr=1e-2)`.",
         )
-        if not (self.rtol > 0.0 and math.isfinite(self.rtol)):
-            raise ValueError(
-                f"`HypergradientDescent(rtol=...)` must be a finite number > 0. Got rtol={self.rtol}. Use e.g. 1e-7."
-            )
+        check_number("HypergradientDescent", "rtol", self.rtol, "Use e.g. 1e-7.")
 
     @property
     def pessimistic(self) -> bool:
