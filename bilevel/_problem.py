@@ -372,3 +372,18 @@ def check_size(value: Tensor, before: Tensor, name: str) -> None:
 def excess(value: Tensor, name: str) -> Tensor:
     """How far each entry of the constraint `name` is from being feasible, shape (k,), 0 where it is."""
     return value.abs() if name.endswith("equality") else value.clamp(min=0.0)
+
+
+def violated(problem: BilevelProblem, x: Tree, y: Tree, data: Any) -> str:
+    """The constraint that is violated most at (x, y), in words; empty where none is."""
+    worst, words = 0.0, ""
+    for name in CONSTRAINTS:
+        if getattr(problem, name) is None:
+            continue
+        with torch.no_grad():
+            value = vector(getattr(problem, name)(x, y, data_of(name, data)), name)
+        much = float(excess(value, name).max()) if value.numel() else 0.0
+        if much > worst:
+            rule = "== 0" if name.endswith("equality") else "<= 0"
+            worst, words = much, f"`{name}` must be {rule}, and is violated by {much:.3g}"
+    return words

@@ -16,7 +16,7 @@ from bilevel import _tree
 from bilevel._certify import certify
 from bilevel._errors import BilevelWarning, StructureError, check_count, check_kind
 from bilevel._oracle import Oracle
-from bilevel._problem import Batch, BilevelProblem
+from bilevel._problem import Batch, BilevelProblem, violated
 from bilevel._solution import Certificate, Solution, State, Status
 from bilevel._starts import best_of, starting_points
 from bilevel._types import Tree
@@ -170,6 +170,10 @@ def _states(
             if is_resumed:
                 _refuse_foreign(problem, state, data, error)
             raise
+        if new.status is Status.INFEASIBLE:
+            words = violated(problem, new.x, new.y, data)
+            found = f"infeasible: {words}" if words else "infeasible"
+            new = replace(new, message="; ".join(filter(None, (found, new.message))))
         state, is_resumed = replace(new, origin=state.origin), False
         yield state
         if state.status is not Status.RUNNING:

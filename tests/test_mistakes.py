@@ -436,6 +436,17 @@ MISTAKES: dict[str, tuple[Callable[[], object], type[Exception], list[str]]] = {
         TypeError,
         ["`ValueFunction(barrier=...)` must be an instance of `Barrier`", "Got float", "Pass"],
     ),
+    "a lower constraint that no y meets": (
+        lambda: bl.solve(
+            bl.BilevelProblem(upper, lower, lower_constraint=lambda x, y, d: y**2 + 0.3),
+            bl.HypergradientDescent(bl.ImplicitKKT()),
+            X,
+            Y + 2.0,
+            max_steps=5,
+        ),
+        bl.InfeasibleError,
+        ["infeasible: `lower_constraint` must be <= 0, and is violated by 0.3;"],
+    ),
     "file that is no checkpoint": (
         lambda: bl.load_state(__file__),
         bl.CheckpointError,
@@ -578,3 +589,26 @@ def test_multipliers_beyond_half_precision_are_no_overflow() -> None:
     states = list(itertools.islice(bl.iterate(problem, bl.LVHBA(), zero, zero), 50))
     assert float(states[-1].y) == pytest.approx(1.0, abs=0.05)
     assert not states[-1].status.is_failure
+
+
+class GivesUp(bl.Solver):
+    def init(self, problem: Any, x0: Any, y0: Any, data: Any, *, full_batch: bool) -> bl.State:
+        return bl.State(x0, y0)
+
+    def step(self, problem: Any, state: bl.State, data: Any) -> bl.State:
+        return dataclasses.replace(state, status=bl.Status.INFEASIBLE, message="no step is left")
+
+
+def test_infeasible_error_names_the_constraint_that_is_violated_most() -> None:
+    problem = bl.BilevelProblem(
+        upper,
+        lower,
+        upper_constraint=lambda x, y, data: x - 1.0,
+        lower_constraint=lambda x, y, data: y + 0.1,
+        upper_equality=lambda x, y, data: y[:1] - 0.5,
+    )
+    words = r"infeasible: `upper_equality` must be == 0, and is violated by 0.5; no step is left"
+    with pytest.raises(bl.InfeasibleError, match=words):
+        bl.solve(problem, GivesUp(), X, Y, max_steps=3)
+    with pytest.raises(bl.InfeasibleError, match="infeasible; no step is left"):
+        bl.solve(GOOD, GivesUp(), X, Y, max_steps=3)

@@ -84,7 +84,8 @@ class ImplicitKKT(Estimator):
         lower = ConstrainedLower(oracle, x, data, size if math.isfinite(size) else 1.0)
         solved = lower.solve(y)
         if solved.status in (Status.NONFINITE, Status.LOWER_UNBOUNDED, Status.INFEASIBLE):
-            return failed(oracle, x, y, solved.status)
+            nearest = solved.y if solved.status is Status.INFEASIBLE else y
+            return failed(oracle, x, nearest, solved.status)
         y = solved.y
         upper, upper_x, upper_y = oracle.upper_grad(x, y)
         system = KKTSystem(lower, solved)

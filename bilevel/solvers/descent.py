@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -100,7 +101,7 @@ class HypergradientDescent(Solver):
         flat, (x, y), unravel_x, unravel_y = ravel(problem, state.x, state.y)
         estimate = self.estimator.estimate(flat, x, y, data, state.memory["warm"])
         if _is_fatal(estimate):
-            return _ended(state, estimate)
+            return _ended(state, estimate, unravel_y)
         if estimate.status.is_failure:
             warnings.warn(
                 f"The hypergradient is not to be trusted: {estimate.status.value}. {estimate.status.cure}",
@@ -144,7 +145,7 @@ class HypergradientDescent(Solver):
         else:
             point = evaluate(x)
             if _is_fatal(point.extra):
-                return _ended(state, point.extra)
+                return _ended(state, point.extra, unravel_y)
             warm, y = point.extra.memory, point.extra.y
         before = memory["optimizer"]
         new, memory["optimizer"] = optimizer.step(evaluate, point, before, flat.domain)
@@ -185,10 +186,12 @@ def _is_fatal(estimate: Estimate) -> bool:
     return estimate.status in (Status.NONFINITE, Status.LOWER_UNBOUNDED, Status.INFEASIBLE)
 
 
-def _ended(state: State, estimate: Estimate) -> State:
+def _ended(state: State, estimate: Estimate, unravel_y: Callable[[Tensor], Tree]) -> State:
+    """The state of a run that cannot go on; where no y is feasible, with that which comes nearest."""
     message = f"{estimate.status.value} (at step {state.step + 1})"
     return replace(
         state,
+        y=unravel_y(estimate.y) if estimate.status is Status.INFEASIBLE else state.y,
         status=estimate.status,
         message=message,
         evaluations=state.evaluations + estimate.evaluations,
