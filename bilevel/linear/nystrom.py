@@ -30,7 +30,8 @@ class Nystrom(LinearSolver):
     - with `rho=None` as the preconditioner of conjugate gradients, which then converge to the solution, fast
       where all but `rank` eigenvalues lie close together;
     - with `rho > 0` alone: the answer is $(\hat A + \rho I)^{-1} b$, no further product needed. That is biased,
-      by the eigenvalues left out and by $\rho$, and never larger than $\|b\| / \rho$.
+      by the eigenvalues left out and by $\rho$, and never larger than $\|b\| / \rho$. `Implicit` says so: where the
+      bias leaves a residual, its status is LINEAR_UNSOLVED by design, though the hypergradient may be of use.
 
     Attributes:
         rank: Products for the approximation, at least 1; no more than the number of unknowns are used.
@@ -40,6 +41,7 @@ class Nystrom(LinearSolver):
 
     Raises:
         ValueError: A parameter is out of range.
+        TypeError: A parameter is of the wrong kind.
 
     Example:
         >>> A = torch.diag(torch.tensor([1e6, 1e4, 1.0, 1.0], dtype=torch.float64))
