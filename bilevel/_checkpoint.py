@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from bilevel._errors import CheckpointError
+from bilevel._errors import CheckpointError, check_kind
 from bilevel._solution import Evaluations, State, Status
 
 VERSION = 1
@@ -37,8 +37,8 @@ def save_state(path: str | os.PathLike[str], state: State) -> None:
         state: The state. Tensors are stored detached, on the device that they are on.
 
     Raises:
-        TypeError: The state's memory or metrics hold something else than tensors, numbers, strings,
-            None, and dicts, lists and tuples of them.
+        TypeError: `path` is no path, `state` is no `State`, or its memory or metrics hold something else than
+            tensors, numbers, strings, None, and dicts, lists and tuples of them.
         OSError: The file cannot be written; a file that was there before stays.
 
     Example:
@@ -48,6 +48,9 @@ def save_state(path: str | os.PathLike[str], state: State) -> None:
         >>> load_state(file).step
         7
     """
+    check_kind("save_state(path, ...)", path, (str, os.PathLike), "Pass the file, then the state.")
+    mend = "Pass a `State`: what `iterate` yields, or `Solution.state`."
+    check_kind("save_state(path, state)", state, State, mend)
     payload = _serialize(state)
     header = f"bilevel-state version {VERSION} sha256 {hashlib.sha256(payload).hexdigest()}\n"
     target = Path(path)
@@ -87,6 +90,7 @@ def load_state(
     Raises:
         CheckpointError: The file is no saved state, is cut short or altered, or has a later format.
         FileNotFoundError: There is no such file.
+        TypeError: `path` is no path.
 
     Example:
         >>> import tempfile
@@ -96,6 +100,7 @@ def load_state(
         >>> state.y, state.memory
         ([tensor([0., 0., 0.])], {'sigma': 0.1})
     """
+    check_kind("load_state(path)", path, (str, os.PathLike), "Pass the file of `save_state`.")
     content = Path(path).read_bytes()
     header = _HEADER.match(content[:_LONGEST_HEADER])
     if header is None:

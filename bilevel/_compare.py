@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bilevel._certify import certify
-from bilevel._errors import BilevelError, BilevelWarning, check_kind
+from bilevel._errors import BilevelError, BilevelWarning, check_kind, check_number
 from bilevel._memory import live_memory
 from bilevel._oracle import Oracle
 from bilevel._problem import BilevelProblem
@@ -145,6 +145,7 @@ def compare(
 
     Raises:
         ValueError: None or both of the budgets are given, one is out of its range, or there is no solver.
+        TypeError: An argument is of the wrong kind.
 
     Example:
         >>> import torch, bilevel as bl
@@ -163,12 +164,18 @@ def compare(
             "`compare` needs one of budget and seconds. "
             f"Got {'neither' if budget is None else 'both'}. Pass e.g. budget=10_000."
         )
-    limit = budget if budget is not None else seconds
-    if limit is None or not limit > 0:
-        raise ValueError(f"`compare`'s budget must be > 0. Got {limit}. Raise it.")
+    for part, limit in (("budget", budget), ("seconds", seconds)):
+        if limit is not None:
+            check_number("compare", part, limit, "Pass e.g. budget=10_000.")
+    check_kind(
+        "compare(problem, ...)", problem, BilevelProblem, "Pass `BilevelProblem(upper, lower)`."
+    )
+    mend = 'Name the solvers in a dict, e.g. `{"ASBLO": ASBLO()}`.'
+    check_kind("compare(solvers=...)", solvers, Mapping, mend)
     if not solvers:
         raise ValueError("`compare(solvers=...)` must hold a solver. Got none. Name at least one.")
     for name, solver in solvers.items():
+        check_kind(f"compare(solvers={{{name!r}: ...}})'s name", name, str, mend)
         check_kind(f"compare(solvers={{{name!r}: ...}})", solver, Solver, "Pass e.g. `ASBLO()`.")
     words = f"{budget} gradients and HVPs" if budget is not None else f"{seconds} seconds"
     with warnings.catch_warnings():

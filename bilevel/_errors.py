@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Integral, Real
+from typing import NoReturn
+
 
 class BilevelError(Exception):
     """Base class of every error that this library defines."""
@@ -40,9 +44,31 @@ def check_kind(where: str, value: object, kind: type | tuple[type, ...], mend: s
     if isinstance(value, kind):
         return
     kinds = kind if isinstance(kind, tuple) else (kind,)
-    names = " or ".join(f"`{one.__name__}`" for one in kinds)
-    got = type(value).__name__
-    if isinstance(value, type):  # the commonest slip: the class for its instance
-        got = f"the class {value.__name__}"
-        mend = f"Create one: `{value.__name__}(...)`." if issubclass(value, kind) else mend
+    if isinstance(value, type) and issubclass(value, kind):  # the commonest slip
+        mend = f"Create one: `{value.__name__}(...)`."
+    _refuse_kind(where, value, " or ".join(f"`{one.__name__}`" for one in kinds), mend)
+
+
+def check_count(owner: str, part: str, value: object, mend: str, *, least: int = 1) -> None:
+    """Raises unless the field `part` of `owner` is a whole number of at least `least`; NumPy's are, True is none."""
+    where = f"{owner}({part}=...)"
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        _refuse_kind(where, value, "`int`", f"Pass a whole number. {mend}")
+    if value < least:
+        raise ValueError(f"`{where}` must be at least {least}. Got {part}={value}. {mend}")
+
+
+def check_number(owner: str, part: str, value: object, mend: str, *, zero: bool = False) -> None:
+    """Raises unless the field `part` of `owner` is a finite number > 0, or >= 0 where `zero` is allowed."""
+    where = f"{owner}({part}=...)"
+    if isinstance(value, bool) or not isinstance(value, Real):
+        _refuse_kind(where, value, "`float` or `int`", mend)
+    number = float(value)
+    if not (math.isfinite(number) and (number > 0.0 or (zero and number == 0.0))):
+        rule = f"a finite number {'>=' if zero else '>'} 0"
+        raise ValueError(f"`{where}` must be {rule}. Got {part}={value}. {mend}")
+
+
+def _refuse_kind(where: str, value: object, names: str, mend: str) -> NoReturn:
+    got = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
     raise TypeError(f"`{where}` must be an instance of {names}. Got {got}. {mend}")

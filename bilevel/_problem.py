@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel import _tree
-from bilevel._errors import ObjectiveError, StructureError
+from bilevel._errors import ObjectiveError, StructureError, check_kind
 from bilevel._types import Objective, Projection, Tree
 
 #: The constraints of a problem, by the name of their field.
@@ -154,7 +155,7 @@ class BilevelProblem:
             functions that put a vector back into the user's trees x and y.
 
     Raises:
-        TypeError: One of the functions is not callable.
+        TypeError: One of the functions is not callable, or does not take the arguments that it is called with.
 
     Example:
         >>> problem = BilevelProblem(
@@ -185,6 +186,27 @@ class BilevelProblem:
                     f"`BilevelProblem({name}=...)` must be callable. Got {type(part).__name__}. "
                     f"Pass a function {'of x' if name == 'domain' else 'of (x, y, data)'}."
                 )
+            if part is not None and self.unravel is None:
+                _check_arguments(name, part)
+        check_kind("BilevelProblem(per_sample=...)", self.per_sample, bool, "Pass True or False.")
+
+
+def _check_arguments(name: str, fun: Callable[..., Any]) -> None:
+    """Raises where `fun` cannot be called as the field `name` of a problem is; a signature may be unknown."""
+    arguments = ("x",) if name == "domain" else ("x", "y", "data")
+    try:
+        signature = inspect.signature(fun)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        mend = "Add `data`, even where it is not used, and give further ones a default."
+        raise ObjectiveError(
+            f"`BilevelProblem({name}=...)` must be callable as `{name}({', '.join(arguments)})`. "
+            f"Got a function of {signature}. "
+            f"{'Take x alone.' if name == 'domain' else mend}"
+        ) from None
 
 
 def split_data(data: Any) -> Batch:
@@ -218,6 +240,18 @@ def ravel(
 
         return fun and over
 
+    def constraint(name: str) -> Any:
+        over, first = over_vectors(getattr(problem, name)), list[Tensor]()
+
+        def steady(u: Tensor, v: Tensor, data: Any) -> Tensor:
+            value = vector(over(u, v, data), name)
+            if not first:
+                first.append(value.detach())
+            check_size(value, first[0], name)
+            return value
+
+        return over and steady
+
     domain = problem.domain
     if isinstance(domain, Box):
         low, high = domain.bounds(x)
@@ -227,7 +261,7 @@ def ravel(
     flat = BilevelProblem(
         over_vectors(problem.upper),
         over_vectors(problem.lower),
-        **{name: over_vectors(getattr(problem, name)) for name in CONSTRAINTS},
+        **{name: constraint(name) for name in CONSTRAINTS},
         domain=domain,
         per_sample=problem.per_sample,
         unravel=(
@@ -325,6 +359,31 @@ def vector(value: Any, name: str) -> Tensor:
     return value.reshape(-1)
 
 
+def check_size(value: Tensor, before: Tensor, name: str) -> None:
+    """Raises unless the constraint `name` has as many entries as at a call before."""
+    if value.numel() != before.numel():
+        raise ObjectiveError(
+            f"`BilevelProblem({name}=...)` must return as many entries at each call. "
+            f"Got {before.numel()}, and then {value.numel()}. "
+            "Keep entries that do not bind, e.g. by `torch.where`, in place of leaving them out."
+        )
+
+
 def excess(value: Tensor, name: str) -> Tensor:
     """How far each entry of the constraint `name` is from being feasible, shape (k,), 0 where it is."""
     return value.abs() if name.endswith("equality") else value.clamp(min=0.0)
+
+
+def violated(problem: BilevelProblem, x: Tree, y: Tree, data: Any) -> str:
+    """The constraint that is violated most at (x, y), in words; empty where none is."""
+    worst, words = 0.0, ""
+    for name in CONSTRAINTS:
+        if getattr(problem, name) is None:
+            continue
+        with torch.no_grad():
+            value = vector(getattr(problem, name)(x, y, data_of(name, data)), name)
+        much = float(excess(value, name).max()) if value.numel() else 0.0
+        if much > worst:
+            rule = "== 0" if name.endswith("equality") else "<= 0"
+            worst, words = much, f"`{name}` must be {rule}, and is violated by {much:.3g}"
+    return words

@@ -24,6 +24,7 @@ from bilevel.solvers import ASBLO, HypergradientDescent, Solver
 linalg: Any = torch.linalg  # its stubs are untyped
 _PROBES = 20  # products with the Hessian above that
 _OFF = 0.5  # relative error of a product with the Hessian that is no rounding
+_JUMP = 0.9  # of the change of slope that is left over a tenth of the step: a smooth f keeps 0.1
 _SINGULAR = 1e-8  # smallest over largest curvature of what counts as positive definite
 
 
@@ -32,7 +33,8 @@ class Recommendation:
     """A method for a problem, and why; prints as a table.
 
     Attributes:
-        method: The solver to pass to `solve`, or None where none of the library's can take the problem.
+        method: The solver to pass to `solve`, or None where none of the library's can take the problem as it is stated;
+            the reasons then say how to state it, if that is possible.
         reasons: What was measured and speaks for it, in sentences.
         refused: Names of methods that cannot work here, each with the reason.
     """
@@ -42,7 +44,7 @@ class Recommendation:
     refused: tuple[tuple[str, str], ...]
 
     def __str__(self) -> str:
-        rows = [("method", "none" if self.method is None else _name(self.method))]
+        rows = [("method", "none, as it is stated" if self.method is None else _name(self.method))]
         rows += [("because", reason) for reason in self.reasons]
         rows += [("not", f"{name}: {reason}") for name, reason in self.refused]
         return table(rows)
@@ -51,9 +53,9 @@ class Recommendation:
 def recommend(problem: BilevelProblem, x: Tree, y: Tree, data: Any = None) -> Recommendation:
     """Name the solver that fits a problem, after probing it at (x, y).
 
-    Probed are the sizes, the constraints, whether f can be differentiated twice, the curvature of f at the lower
-    solution found from y (all eigenvalues up to 256 variables, above that the extreme ones by Lanczos' method), and
-    whether other starts find other lower solutions. Costs about as much as a certificate.
+    Probed are the sizes, the constraints, whether f can be differentiated twice, whether it has a kink at the lower
+    solution found from y, its curvature there (all eigenvalues up to 256 variables, above that the extreme ones by
+    Lanczos' method), and whether other starts find other lower solutions. Costs about as much as a certificate.
 
     Args:
         problem: The problem.
@@ -88,6 +90,15 @@ def recommend(problem: BilevelProblem, x: Tree, y: Tree, data: Any = None) -> Re
     if probe.failure:
         reason = f"{probe.failure}. State a lower problem that has a solution"
         every = ("ASBLO", "Implicit", "ImplicitKKT", "Unrolled")
+        return Recommendation(None, tuple(reasons), tuple((name, reason) for name in every))
+    if probe.kink:
+        reasons += [
+            "state the minimum as a fixed point y = T(x, y), whose derivative exists where that of y*(x) does: "
+            f"`HypergradientDescent(Implicit(condition=FixedPoint(T)))` with {probe.term}",
+            "or smooth the kink, as Huber's loss does |y|, for `ASBLO()` or `MEHA()`, which need no unique solution",
+        ]
+        reason = "at a kink of f its gradient does not vanish, and says nothing of how y*(x) moves"
+        every = ("ASBLO", "Implicit without a condition", "Unrolled")
         return Recommendation(None, tuple(reasons), tuple((name, reason) for name in every))
     implicit: Solver | None = None
     if not probe.differentiable:
@@ -133,24 +144,70 @@ class _Probe:
         why: Why it is not, or is not known to be.
         is_proven: Whether the whole spectrum says so, and not its ends by Lanczos' method.
         failure: Why the lower problem has no solution, or empty.
+        kink: How f fails to be smooth at its minimum, or empty.
+        term: What then states the lower problem as a fixed point.
         findings: The measurements, in sentences.
     """
 
     def __init__(self, problem: BilevelProblem, x: Tensor, y: Tensor, data: Any) -> None:
         self._oracle, self._x = Oracle(problem, data), x
         self.differentiable, self.unique, self.why, self.failure = True, True, "", ""
+        self.kink, self.term = "", ""
         self.is_proven = True
         self.findings: list[str] = []
+        size = max(_tree.rms(y), 1e-2 * _tree.length(x), 1e-3)
         missing = self._second_order(y)
         if missing:
             self.differentiable = False
-            self.findings.append(f"no second derivatives of f: {missing}")
+            self.kink = self._kink(y, size, holds_y=False)
+            self.findings.append(self.kink or f"no second derivatives of f: {missing}")
             return
-        size = max(_tree.rms(y), 1e-2 * _tree.length(x), 1e-3)
         if y.numel() <= MEDIUM:
             y = self._solve(y, data, size)
-        if not self.failure:
+        if not (self.failure or self.kink):
             self._curvature(y, data, size)
+
+    def _kink(self, y: Tensor, size: float, *, holds_y: bool) -> str:
+        """Where the slopes of f on the two sides of y differ; empty where they do not, or with lower constraints.
+
+        Their difference is the jump of the slope at a kink, whatever the step; of a smooth f it falls with the
+        step. A kink `holds_y` where f rises on both sides: others may pass near a minimum by chance.
+        """
+        problem = self._oracle.problem
+        if problem.lower_constraint or problem.lower_equality:
+            return ""
+        eps = torch.finfo(y.dtype).eps
+        step = max(1e-4, eps ** (1.0 / 3.0)) * size
+        middle = float(self._oracle.lower(self._x, y))
+
+        def rises(direction: Tensor, h: float) -> list[float]:
+            ends = (float(self._oracle.lower(self._x, y + s * h * direction)) for s in (1.0, -1.0))
+            return [(end - middle) / h for end in ends]
+
+        count = min(y.numel(), DENSE)
+        axes = [
+            torch.eye(1, y.numel(), dtype=y.dtype, device=y.device)[0].roll(i) for i in range(count)
+        ]
+        noise = 1e3 * eps * max(abs(middle), size) / step
+        found: dict[int, float] = {}
+        for i, axis in enumerate(axes):
+            near, far = rises(axis, step), rises(axis, 10.0 * step)
+            jump = sum(near)
+            is_held = min(near) > 0.05 * jump or not holds_y
+            if is_held and jump > max(_JUMP * sum(far), noise):
+                found[i] = jump
+        if not found:
+            return ""
+        at_zero = all(abs(float(y[i])) < 1e-2 * step for i in found)
+        self.term = "T = `fixed_points.prox_gradient(smooth, prox, lr)`, " + (
+            "prox by `fixed_points.prox_l1`, as for the l1 term that f seems to have"
+            if at_zero
+            else "prox that of the term with the kink; where it has none in closed form, as a hinge loss, of its dual"
+        )
+        return (
+            f"f has a kink along {len(found)} of {count} coordinates of y: "
+            f"its slope jumps there by up to {max(found.values()):.3g}"
+        )
 
     def _second_order(self, y: Tensor) -> str:
         """Why f cannot be differentiated twice; empty where it can.
@@ -181,7 +238,12 @@ class _Probe:
         status = found.lowest.status if found.nearest.status is Status.CONVERGED else None
         if status is Status.LOWER_UNBOUNDED or found.nearest.status is Status.LOWER_UNBOUNDED:
             self.failure = Status.LOWER_UNBOUNDED.value
-        elif status is None:
+        else:
+            self.kink = self._kink(found.nearest.y, size, holds_y=True)
+            if self.kink:
+                self.findings.append(self.kink)
+                return found.nearest.y
+        if not self.failure and status is None:
             self.failure = f"no lower solution was found from y ({found.nearest.status.value})"
         limit = found.nearest.value + found.same
         apart = [

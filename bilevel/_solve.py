@@ -13,9 +13,9 @@ from torch import Tensor
 
 from bilevel import _tree
 from bilevel._certify import certify
-from bilevel._errors import BilevelWarning, StructureError, check_kind
+from bilevel._errors import BilevelWarning, StructureError, check_count, check_kind
 from bilevel._oracle import Oracle
-from bilevel._problem import Batch, BilevelProblem
+from bilevel._problem import Batch, BilevelProblem, violated
 from bilevel._solution import Certificate, Solution, State, Status
 from bilevel._starts import best_of, starting_points
 from bilevel._types import Tree
@@ -58,7 +58,8 @@ def iterate(
 
     Raises:
         StructureError: `x0` or `y0` is no tree of floating tensors, or both or neither of the
-            start and `state` are given.
+            start and `state` are given, or the state is of another solver or problem.
+        TypeError: `problem`, `solver`, `batches` or `state` is of another kind.
         ObjectiveError: An objective returns no scalar, or x or y is used by no objective.
         ValueError: There are no batches in `batches`.
 
@@ -87,11 +88,7 @@ def iterate(
     )
     _check_batches("iterate", batches)
     origin = f"{type(solver).__name__} on {'the full batch' if batches is None else 'batches'}"
-    if (state is None) == (x0 is None or y0 is None):
-        raise StructureError(
-            "`iterate` must be given either x0 and y0, or state. "
-            f"Got {'neither' if state is None else 'both'}. Leave out one of them."
-        )
+    _check_start(x0, y0, state)
     stream = itertools.repeat(None) if batches is None else iter(batches)
     if state is None:
         try:
@@ -108,13 +105,30 @@ def iterate(
         state = replace(state, origin=origin, evaluations=state.evaluations + checked)
         if state.status is Status.NONFINITE:
             state = replace(state, message=f"{state.message}; {_blame(problem, x0, y0, first)}")
-    elif state.origin != origin:
+        return _states(problem, solver, state, stream, is_resumed=False)
+    if state.origin != origin:
         raise StructureError(
             "`iterate(state=...)` must go on in the way the state was made. "
             f"Got a state of {state.origin or 'no run'} for {origin}. "
             "Pass the same solver, with or without batches as before, or start anew from x0 and y0."
         )
-    return _states(problem, solver, state, stream)
+    return _states(problem, solver, state, stream, is_resumed=True)
+
+
+def _check_start(x0: Tree | None, y0: Tree | None, state: State | None) -> None:
+    """Raises unless there is one thing to start from."""
+    given = [name for name, part in (("x0", x0), ("y0", y0)) if part is not None]
+    rule = "`iterate` must be given either x0 and y0, or state."
+    if state is None and len(given) < 2:
+        got = f"{given[0]} alone" if given else "neither"
+        raise StructureError(f"{rule} Got {got}. Pass tensors, or trees of them, for x0 and y0.")
+    if state is not None:
+        mend = (
+            "Pass a state that `iterate` yielded, `Solution.state`, or what `load_state` returns."
+        )
+        check_kind("iterate(state=...)", state, State, mend)
+        if given:
+            raise StructureError(f"{rule} Got both. Leave out one of them.")
 
 
 def _check_batches(name: str, batches: Any) -> None:
@@ -136,7 +150,12 @@ def _blame(problem: BilevelProblem, x: Tree, y: Tree, data: Any) -> str:
 
 
 def _states(
-    problem: BilevelProblem, solver: Solver, state: State, stream: Iterator[Any]
+    problem: BilevelProblem,
+    solver: Solver,
+    state: State,
+    stream: Iterator[Any],
+    *,
+    is_resumed: bool,
 ) -> Iterator[State]:
     if state.status in (Status.MAX_STEPS, Status.STOPPED):  # the state of a solution goes on
         state = replace(state, status=Status.RUNNING)
@@ -144,10 +163,37 @@ def _states(
         yield state
         return
     for data in stream:
-        state = replace(solver.step(problem, state, data), origin=state.origin)
+        try:
+            new = solver.step(problem, state, data)
+        except Exception as error:
+            if is_resumed:
+                _refuse_foreign(problem, state, data, error)
+            raise
+        if new.status is Status.INFEASIBLE:
+            words = violated(problem, new.x, new.y, data)
+            found = f"infeasible: {words}" if words else "infeasible"
+            new = replace(new, message="; ".join(filter(None, (found, new.message))))
+        state, is_resumed = replace(new, origin=state.origin), False
         yield state
         if state.status is not Status.RUNNING:
             return
+
+
+def _refuse_foreign(problem: BilevelProblem, state: State, data: Any, error: Exception) -> None:
+    """Raises where the first step from a given state failed since the objectives do not fit its variables."""
+    oracle = Oracle(problem, data)
+    try:
+        oracle.upper(state.x, state.y)
+        oracle.lower(state.x, state.y)
+    except (TypeError, LookupError, RuntimeError, AttributeError) as reason:
+        raise StructureError(
+            "`iterate(state=...)` must hold variables of the given problem. "
+            f"Got x {_tree.shapes(state.x)}, y {_tree.shapes(state.y)}, with which its objectives fail "
+            f"({type(reason).__name__}: {reason}). Pass the problem of that run, or start anew from x0 and y0."
+        ) from error
+    error.add_note(
+        "While going on from a state, which must come from a run of this problem and solver."
+    )
 
 
 def solve(
@@ -191,7 +237,7 @@ def solve(
 
     Raises:
         TypeError: A parameter is of the wrong kind.
-        ValueError: `max_steps` or `starts` is below 1, or there are `starts` and batches.
+        ValueError: `max_steps` or `starts` is below 1, `starts` is empty, or there are `starts` and batches.
         BilevelError: The run failed and `throw` is true; the message says how, and at which step.
 
     Example:
@@ -206,11 +252,7 @@ def solve(
         >>> solution.status.name, round(solution.x.item(), 4)  # 2 / 4.1
         ('CONVERGED', 0.4878)
     """
-    check_kind("solve(max_steps=...)", max_steps, int, "Pass a whole number, e.g. 500.")
-    if max_steps < 1:
-        raise ValueError(
-            f"`solve(max_steps=...)` must be at least 1. Got max_steps={max_steps}. Raise it."
-        )
+    check_count("solve", "max_steps", max_steps, "Raise it, e.g. to 500.")
     if callback is not None and not callable(callback):
         raise TypeError(
             f"`solve(callback=...)` must be callable. Got {type(callback).__name__}. "
@@ -218,6 +260,7 @@ def solve(
         )
     _check_batches("solve", batches)
     if starts is not None:
+        _check_start(x0, y0, None)
 
         def run(number: int, x0: Tree, y0: Tree, callback: Callable[[State], object]) -> Solution:
             method = solver.nearby() if number else solver

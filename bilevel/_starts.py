@@ -7,6 +7,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +19,9 @@ from bilevel._errors import (
     BilevelWarning,
     InfeasibleError,
     NonFiniteError,
+    StructureError,
     UnboundedError,
-    check_kind,
+    check_count,
 )
 from bilevel._solution import Evaluations, Solution, State, Status
 from bilevel._types import Tree
@@ -26,29 +29,47 @@ from bilevel._types import Tree
 _RADII = (0.5, 1.0, 2.0, 4.0)  # of the perturbed starts, in units of each variable
 
 
-def starting_points(
-    x0: Tree, y0: Tree, starts: int | Iterable[tuple[Tree, Tree]], batches: object
-) -> list[tuple[Tree, Tree]]:
-    """The given start, and those after it."""
-    mend = "Pass a whole number, e.g. 8, or a list of pairs (x0, y0)."
-    check_kind("solve(starts=...)", starts, (int, Iterable), mend)
+def starting_points(x0: Tree, y0: Tree, starts: Any, batches: object) -> list[tuple[Tree, Tree]]:
+    """The given start, and those after it: `starts` is their number, or an iterable of pairs (x, y)."""
+    if isinstance(starts, bool | str) or not isinstance(starts, Integral | Iterable):
+        raise TypeError(
+            "`solve(starts=...)` must be an instance of `int` or `Iterable`. "
+            f"Got {type(starts).__name__}. Pass a whole number, e.g. 8, or a list of pairs (x0, y0)."
+        )
     if batches is not None:
         raise ValueError(
             "`solve(starts=...)` needs the full batch, whose answers can be certified and compared. "
             "Got batches. Leave out one of them."
         )
-    if not isinstance(starts, int):
-        return [(x0, y0), *starts]
-    if starts < 1:
-        raise ValueError(
-            f"`solve(starts=...)` must be at least 1. Got starts={starts}. Raise it, or leave it out."
-        )
+    if isinstance(starts, Iterable):
+        return [(x0, y0), *_checked([*starts], x0, y0)]
+    check_count("solve", "starts", starts, "Raise it, or leave it out.")
     generator = torch.Generator().manual_seed(0)  # the same starts at every call
     pairs = [(x0, y0)]
     for number in range(1, starts):
         radius = _RADII[(number - 1) % len(_RADII)]
         pairs.append((_perturbed(x0, radius, generator), _perturbed(y0, radius, generator)))
     return pairs
+
+
+def _checked(starts: list[Any], x0: Tree, y0: Tree) -> list[tuple[Tree, Tree]]:
+    """The further starts, each a pair like (x0, y0)."""
+    mend = "Pass a list of pairs like (x0, y0), or a number of starts."
+    if not starts:
+        raise ValueError(
+            "`solve(starts=...)` must hold at least one pair (x, y). Got none. Leave it out for the one start."
+        )
+    for name, part in (("x0", x0), ("y0", y0)):
+        _tree.check_variable(part, name)
+    for number, pair in enumerate(starts):
+        where = f"solve(starts=...)[{number}]"
+        kind = type(pair).__name__
+        if kind not in ("tuple", "list") or len(pair) != 2:
+            got = f"a {kind} of {len(pair)}" if kind in ("tuple", "list") else f"one {kind}"
+            raise StructureError(f"`{where}` must be a pair (x, y). Got {got}. {mend}")
+        for part, like, name in zip(pair, (x0, y0), ("x", "y"), strict=True):
+            _tree.check_like(part, like, f"{where}, {name}", mend)
+    return starts
 
 
 def _perturbed(tree: Tree, radius: float, generator: torch.Generator) -> Tree:

@@ -47,6 +47,13 @@ def names(tree: Tree) -> list[str]:
     return ["".join(f"[{key!r}]" for key in path) for path in optree.tree_paths(tree)]
 
 
+def shapes(tree: Tree) -> str:
+    """The shape of each leaf, with its name where there are several."""
+    return ", ".join(
+        f"{name}{tuple(leaf.shape)}" for name, leaf in zip(names(tree), leaves(tree), strict=True)
+    )
+
+
 def detach(tree: Tree) -> Tree:
     """The same values in new tensors that share no memory and no graph with `tree`."""
     return unflatten_like(tree, [leaf.detach().clone() for leaf in leaves(tree)])
@@ -171,26 +178,29 @@ def check_variable(tree: Tree, where: str) -> None:
         )
 
 
-def check_like(tree: Tree, reference: Tree, where: str) -> None:
+def check_like(
+    tree: Tree,
+    reference: Tree,
+    where: str,
+    mend: str = "Return a tree like the one that was passed in.",
+) -> None:
     """Raises unless `tree` has the structure, shapes and dtypes of `reference`."""
     if names(tree) != names(reference):
         raise StructureError(
-            f"`{where}` must have the structure {names(reference)}. Got {names(tree)}. "
-            "Return a tree like the one that was passed in."
+            f"`{where}` must have the structure {names(reference)}. Got {names(tree)}. {mend}"
         )
     for name, leaf, other in zip(names(tree), leaves(tree), leaves(reference), strict=True):
         if not isinstance(leaf, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise StructureError(
-                f"`{where}{name}` must be a tensor. Got {type(leaf).__name__}. "
-                "Return a tree like the one that was passed in."
+                f"`{where}{name}` must be a tensor. Got {type(leaf).__name__}. {mend}"
             )
         if leaf.shape != other.shape or leaf.dtype != other.dtype:
             raise StructureError(
                 f"`{where}{name}` must have shape {tuple(other.shape)} and dtype {other.dtype}. "
-                f"Got {tuple(leaf.shape)} and {leaf.dtype}. Return a tree like the one that was passed in."
+                f"Got {tuple(leaf.shape)} and {leaf.dtype}. {mend}"
             )
     if optree.tree_structure(tree) != optree.tree_structure(reference):
         raise StructureError(
             f"`{where}` must be made of the same dicts, lists and tuples as {type(reference).__name__} "
-            f"{names(reference)}. Got {type(tree).__name__}. Return a tree like the one that was passed in."
+            f"{names(reference)}. Got {type(tree).__name__}. {mend}"
         )

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bilevel._errors import check_kind, check_number
+
 __all__ = ["Barrier", "log_rational", "relaxed"]
 
 
@@ -56,12 +58,8 @@ class LogRational(Barrier):
     kappa: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.kappa < math.inf:
-            raise ValueError(
-                f"`log_rational(kappa=...)` must be a finite number above 0. "
-                f"Got kappa={self.kappa}. Pass the distance from the bound at which the logarithm "
-                "takes over, e.g. 1.0."
-            )
+        mend = "Pass the distance from the bound at which the logarithm takes over, e.g. 1.0."
+        check_number("log_rational", "kappa", self.kappa, mend)
 
     def _parts(self, zeta: Tensor) -> tuple[Tensor, Tensor]:
         """`n = min(-zeta, kappa)` and `t = min(kappa / -zeta, 1)`.
@@ -137,11 +135,10 @@ class Relaxed(Barrier):
     delta: float | Tensor
 
     def __post_init__(self) -> None:
-        if not isinstance(self.delta, Tensor) and not 0.0 < self.delta < math.inf:
-            raise ValueError(
-                f"`relaxed(delta=...)` must be a finite number above 0. Got delta={self.delta}. "
-                "Pass a part of the known slack, e.g. 0.1 of it."
-            )
+        check_kind("relaxed(barrier=...)", self.barrier, Barrier, "Pass e.g. `log_rational()`.")
+        if not isinstance(self.delta, Tensor):
+            mend = "Pass a part of the known slack, e.g. 0.1 of it."
+            check_number("relaxed", "delta", self.delta, mend)
 
     def _edge(self, zeta: Tensor) -> Tensor:
         return -torch.as_tensor(self.delta, dtype=zeta.dtype, device=zeta.device)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bilevel import _tree
 from bilevel._autodiff import gradient_of
+from bilevel._errors import check_count, check_number
 from bilevel._solution import Status
 from bilevel._types import Objective, Tree
 
@@ -81,11 +82,8 @@ class FixedPoint:
                 "Pass a function of (x, y, data), e.g. of `fixed_points.prox_gradient`."
             )
         for name, least in (("max_steps", 1), ("window", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"`FixedPoint({name}=...)` must be at least {least}. "
-                    f"Got {name}={getattr(self, name)}. Raise it."
-                )
+            mend = "Raise it, e.g. to 10."
+            check_count("FixedPoint", name, getattr(self, name), mend, least=least)
 
     def solve(self, step: Callable[[Tensor], Tensor], y: Tensor, tol: float) -> Reached:
         """Iterate over vectors until $|T(y) - y|$ is at most `tol`, or rounding.
@@ -175,11 +173,14 @@ def prox_gradient(smooth: Objective, prox: Callable[[Tree, Tree, float], Tree], 
     References:
         Parikh and Boyd, Proximal algorithms (2014), Eq. 4.5.
     """
-    if not (lr > 0.0 and math.isfinite(lr)):
-        raise ValueError(
-            f"`prox_gradient(lr=...)` must be a finite number > 0. Got lr={lr}. "
-            "Use one over the largest eigenvalue of the Hessian of `smooth`."
-        )
+    for name, part in (("smooth", smooth), ("prox", prox)):
+        if not callable(part):
+            raise TypeError(
+                f"`prox_gradient({name}=...)` must be callable. Got {type(part).__name__}. "
+                f"Pass a function of {'(x, y, data)' if name == 'smooth' else '(x, v, lr)'}."
+            )
+    mend = "Use one over the largest eigenvalue of the Hessian of `smooth`."
+    check_number("prox_gradient", "lr", lr, mend)
 
     def step(x: Tree, y: Tree, data: Any) -> Tree:
         return prox(x, _tree.axpy(-lr, gradient_of(smooth, x, y, data), y), lr)

@@ -147,13 +147,13 @@ def test_gradient_through_the_value_is_the_derivative() -> None:
 
 @pytest.mark.parametrize("kappa", [0.0, -1.0, math.inf, math.nan])
 def test_kappa_out_of_range_says_the_rule(kappa: float) -> None:
-    with pytest.raises(ValueError, match=r"kappa=.*must be a finite number above 0.*Got kappa="):
+    with pytest.raises(ValueError, match=r"kappa=.*must be a finite number > 0.*Got kappa="):
         log_rational(kappa)
 
 
 @pytest.mark.parametrize("delta", [0.0, -1.0, math.inf, math.nan])
 def test_delta_out_of_range_says_the_rule(delta: float) -> None:
-    with pytest.raises(ValueError, match=r"delta=.*must be a finite number above 0.*Got delta="):
+    with pytest.raises(ValueError, match=r"delta=.*must be a finite number > 0.*Got delta="):
         relaxed(log_rational(), delta)
 
 

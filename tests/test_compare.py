@@ -136,7 +136,7 @@ def test_budgets_and_solvers_are_checked() -> None:
         bl.compare(CASE.problem, SOLVERS, *START)
     with pytest.raises(ValueError, match="Got both"):
         bl.compare(CASE.problem, SOLVERS, *START, budget=5, seconds=1.0)
-    with pytest.raises(ValueError, match="must be > 0"):
+    with pytest.raises(ValueError, match="must be a finite number > 0"):
         bl.compare(CASE.problem, SOLVERS, *START, budget=0)
     with pytest.raises(ValueError, match="must hold a solver"):
         bl.compare(CASE.problem, {}, *START, budget=5)

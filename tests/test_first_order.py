@@ -1,13 +1,14 @@
 """F2SA, V-PBGD, BOME, MEHA, LV-HBA, SOBA, AmIGO and stocBiO: what they cost, where they end, what they refuse."""
 
 import itertools
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cases import sgd
+from cases import reduced, sgd
 from torch import Tensor
 
 import bilevel as bl
@@ -415,3 +416,32 @@ def test_corrupted_samples_lose_their_weight_on_batches(solver: bl.Solver) -> No
     assert float(weights[corrupted].mean()) < 0.5 * float(weights[~corrupted].mean())
     right = float((weights[corrupted][:, None] < weights[~corrupted][None, :]).double().mean())
     assert right > 0.9  # of all pairs of a corrupted and a clean sample
+
+
+@pytest.mark.parametrize(
+    ("solver", "left"), [(bl.SOBA(), 0.5), (bl.AmIGO(), 1e-4)], ids=["SOBA", "AmIGO"]
+)
+def test_ill_conditioned_lower_level_makes_no_step_swing_ever_wider(
+    solver: bl.Solver, left: float
+) -> None:
+    """Condition number 97: x outran y and v, until F was 1e16 and more times what it was at the start."""
+    generator = torch.Generator().manual_seed(2)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    Q = torch.linalg.qr(draw(6, 6))[0]
+    A = Q @ torch.diag(torch.logspace(0.0, math.log10(97.0), 6, dtype=torch.float64)) @ Q.T
+    B, c, d = draw(6, 4), draw(6), draw(6)
+    problem = bl.BilevelProblem(
+        lambda x, y, data: 0.5 * ((y - d) ** 2).sum() + 0.05 * (x**2).sum(),
+        lambda x, y, data: 0.5 * y @ A @ y - (B @ x + c) @ y,
+    )
+    value = reduced(problem, d)
+    M, k = torch.linalg.solve(A, B), torch.linalg.solve(A, c)
+    best = torch.linalg.solve(M.T @ M + 0.1 * torch.eye(4).double(), M.T @ (d - k))
+    x0, y0 = torch.zeros(4).double(), torch.zeros(6).double()
+    *_, last = itertools.islice(bl.iterate(problem, solver, x0, y0), 1000)
+    excess = float(value(last.x) - value(best))
+    assert excess < left * float(value(x0) - value(best))
+    assert last.status is bl.Status.CONVERGED or "still" in last.message

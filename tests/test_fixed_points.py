@@ -208,8 +208,12 @@ def test_float32_reaches_its_rounding() -> None:
     ("make", "error", "message"),
     [
         (lambda: bl.FixedPoint(3), TypeError, "`FixedPoint(map=...)` must be callable. Got int"),  # pyright: ignore[reportArgumentType]
-        (lambda: bl.FixedPoint(MAP, max_steps=0), ValueError, "Got max_steps=0. Raise it."),
-        (lambda: bl.FixedPoint(MAP, window=-1), ValueError, "Got window=-1. Raise it."),
+        (
+            lambda: bl.FixedPoint(MAP, max_steps=0),
+            ValueError,
+            "Got max_steps=0. Raise it, e.g. to 10.",
+        ),
+        (lambda: bl.FixedPoint(MAP, window=-1), ValueError, "Got window=-1. Raise it, e.g. to 10."),
         (lambda: prox_gradient(smooth, lambda x, v, lr: v, 0.0), ValueError, "Got lr=0.0"),
         (lambda: bl.Implicit(condition=MAP), TypeError, "must be an instance of `FixedPoint`"),  # pyright: ignore[reportArgumentType]
         (

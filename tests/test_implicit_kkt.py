@@ -165,7 +165,7 @@ def test_upper_constraints_are_refused_by_the_descent_alone() -> None:
 
 
 def test_negative_tolerance_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"ImplicitKKT\(atol=...\)` must be >= 0"):
+    with pytest.raises(ValueError, match=r"ImplicitKKT\(atol=...\)` must be a finite number >= 0"):
         bl.ImplicitKKT(atol=-1.0)
 
 

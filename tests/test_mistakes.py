@@ -1,8 +1,11 @@
 """Each user mistake is met with the rule, what was got, and what to change."""
 
+import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -20,6 +23,7 @@ def lower(x: Any, y: Any, data: Any) -> torch.Tensor:
     return ((y - x.sum()) ** 2).sum()
 
 
+CALLS = itertools.count(1)
 GOOD = bl.BilevelProblem(upper, lower)
 
 
@@ -323,6 +327,126 @@ MISTAKES: dict[str, tuple[Callable[[], object], type[Exception], list[str]]] = {
         bl.BilevelError,
         ["not finite: x0", "Start elsewhere"],
     ),
+    "objective of two arguments": (
+        lambda: bl.BilevelProblem(lambda x, y: (y**2).sum(), lower),  # pyright: ignore[reportArgumentType]
+        bl.ObjectiveError,
+        ["must be callable as `upper(x, y, data)`", "Got a function of (x, y)", "Add `data`"],
+    ),
+    "domain of two arguments": (
+        lambda: bl.BilevelProblem(upper, lower, domain=lambda x, y: x),  # pyright: ignore[reportArgumentType]
+        bl.ObjectiveError,
+        ["must be callable as `domain(x)`", "Got a function of (x, y)", "Take x alone"],
+    ),
+    "a constraint that changes its size": (
+        solve(lower_constraint=lambda x, y, d: y[: next(CALLS)] - 1.0),
+        bl.ObjectiveError,
+        [
+            "`BilevelProblem(lower_constraint=...)` must return as many entries at each call",
+            "Got 1, and then 2",
+            "torch.where",
+        ],
+    ),
+    "a constraint whose size follows y": (
+        solve(upper_constraint=lambda x, y, d: y[y < 0.3] - 1.0),
+        bl.ObjectiveError,
+        ["`BilevelProblem(upper_constraint=...)` must return as many entries", "Got 3, and then 0"],
+    ),
+    "a constraint with an entry of -inf": (
+        solve(lower_constraint=lambda x, y, d: torch.cat([y - 1.0, y[:1] - torch.inf])),
+        bl.ObjectiveError,
+        ["must have finite entries at x0, y0", "Got -inf in its entries [3]", "Leave out"],
+    ),
+    "a start of one part": (
+        lambda: bl.solve(GOOD, bl.ASBLO(), X, Y, max_steps=1, starts=[(X,)]),  # pyright: ignore[reportArgumentType]
+        bl.StructureError,
+        ["`solve(starts=...)[0]` must be a pair (x, y)", "Got a tuple of 1", "list of pairs"],
+    ),
+    "one pair for a list of them": (
+        lambda: bl.solve(GOOD, bl.ASBLO(), X, Y, max_steps=1, starts=(X, Y)),  # pyright: ignore[reportArgumentType]
+        bl.StructureError,
+        ["`solve(starts=...)[0]` must be a pair (x, y)", "Got one Tensor", "list of pairs"],
+    ),
+    "no further start": (
+        lambda: bl.solve(GOOD, bl.ASBLO(), X, Y, max_steps=1, starts=[]),
+        ValueError,
+        ["`solve(starts=...)` must hold at least one pair", "Got none", "Leave it out"],
+    ),
+    "starts is a truth value": (
+        lambda: bl.solve(GOOD, bl.ASBLO(), X, Y, max_steps=1, starts=True),
+        TypeError,
+        ["`solve(starts=...)` must be an instance of `int`", "Got bool", "whole number"],
+    ),
+    "a start of another shape": (
+        lambda: bl.solve(GOOD, bl.ASBLO(), X, Y, max_steps=1, starts=[(X, Y), (X, X)]),
+        bl.StructureError,
+        ["`solve(starts=...)[1], y` must have shape (3,)", "Got (2,)", "pairs like (x0, y0)"],
+    ),
+    "no x0": (
+        lambda: bl.solve(GOOD, bl.ASBLO(), None, Y, max_steps=1),
+        bl.StructureError,
+        ["either x0 and y0, or state", "Got y0 alone", "Pass tensors"],
+    ),
+    "a list of solvers": (
+        lambda: bl.compare(GOOD, [bl.ASBLO()], X, Y, budget=10),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        ["`compare(solvers=...)` must be an instance of `Mapping`", "Got list", "in a dict"],
+    ),
+    "a budget in words": (
+        lambda: bl.compare(GOOD, {"a": bl.ASBLO()}, X, Y, budget="10"),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        ["`compare(budget=...)` must be", "Got str", "budget=10_000"],
+    ),
+    "a solver for a hypergradient": (
+        lambda: bl.hypergradient(GOOD, X, Y, bl.ASBLO()),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        ["`hypergradient(method=...)` must be an instance of `Estimator`", "Got ASBLO", "Implicit"],
+    ),
+    "a dict for a state to save": (
+        lambda: bl.save_state("unused", {"x": X}),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        ["`save_state(path, state)` must be an instance of `State`", "Got dict", "Solution.state"],
+    ),
+    "a state for a path": (
+        lambda: bl.save_state(bl.State(X, Y), "unused"),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        ["`save_state(path, ...)` must be an instance of `str`", "Got State", "the file, then"],
+    ),
+    "a solution for a state": (
+        lambda: bl.iterate(
+            GOOD,
+            bl.ASBLO(),
+            state=bl.solve(GOOD, bl.ASBLO(), X, Y, max_steps=1),  # pyright: ignore[reportArgumentType]
+        ),
+        TypeError,
+        ["`iterate(state=...)` must be an instance of `State`", "Got Solution", "Solution.state"],
+    ),
+    "a state of a problem of other variables": (
+        lambda: next(
+            bl.iterate(
+                bl.BilevelProblem(upper, lambda x, y, d: ((y["a"] - x.sum()) ** 2).sum()),
+                bl.ASBLO(),
+                state=next(bl.iterate(GOOD, bl.ASBLO(), X, Y)),
+            )
+        ),
+        bl.StructureError,
+        ["`iterate(state=...)` must hold variables", "Got x (2,), y (3,)", "start anew"],
+    ),
+    "a part of the barrier of another kind": (
+        lambda: bl.ValueFunction(barrier=0.5),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        ["`ValueFunction(barrier=...)` must be an instance of `Barrier`", "Got float", "Pass"],
+    ),
+    "a lower constraint that no y meets": (
+        lambda: bl.solve(
+            bl.BilevelProblem(upper, lower, lower_constraint=lambda x, y, d: y**2 + 0.3),
+            bl.HypergradientDescent(bl.ImplicitKKT()),
+            X,
+            Y + 2.0,
+            max_steps=5,
+        ),
+        bl.InfeasibleError,
+        ["infeasible: `lower_constraint` must be <= 0, and is violated by 0.3;"],
+    ),
     "file that is no checkpoint": (
         lambda: bl.load_state(__file__),
         bl.CheckpointError,
@@ -347,3 +471,144 @@ def test_error_inside_an_objective_names_the_shapes() -> None:
     assert caught.value.__notes__ == [
         "While calling the objectives of the BilevelProblem for the first time, with x0 (2,), y0 (3,)."
     ]
+
+
+NUMBERS: list[tuple[Any, dict[str, Any]]] = [
+    (bl.ASBLO, {}),
+    (bl.AmIGO, {}),
+    (bl.BOME, {}),
+    (bl.F2SA, {}),
+    (bl.HypergradientDescent, {"estimator": bl.Implicit()}),
+    (bl.LVHBA, {}),
+    (bl.MEHA, {}),
+    (bl.SOBA, {}),
+    (bl.StocBiO, {}),
+    (bl.VPBGD, {}),
+    (bl.Implicit, {}),
+    (bl.ImplicitKKT, {}),
+    (bl.OneStep, {}),
+    (bl.TwoSided, {}),
+    (bl.Unrolled, {}),
+    (bl.ValueFunction, {}),
+    (bl.FixedPoint, {"map": lower}),
+    (bl.linear.CG, {}),
+    (bl.linear.GMRES, {}),
+    (bl.linear.MINRES, {}),
+    (bl.linear.Neumann, {}),
+    (bl.linear.Nystrom, {}),
+    (bl.optim.Newton, {}),
+    (bl.optim.QuasiNewton, {}),
+    (bl.optim.Torch, {"optimizer": torch.optim.SGD, "lr": 0.1}),
+]
+FIELDS = [
+    (kind, given, field.name, value)
+    for kind, given in NUMBERS
+    for field in dataclasses.fields(kind)
+    for word, values in {
+        "int": (10.5, "5", True, float("nan")),
+        "float": ("0.1", (), True),
+        "bool": ("yes", 2),
+    }.items()
+    if word in str(field.type)
+    for value in values
+]
+
+
+@pytest.mark.parametrize(("kind", "given", "field", "value"), FIELDS)
+def test_number_of_another_kind_is_named(
+    kind: Any, given: dict[str, Any], field: str, value: Any
+) -> None:
+    with pytest.raises(TypeError) as caught:
+        kind(**{**given, field: value})
+    said = str(caught.value)
+    assert said.startswith(f"`{kind.__name__}({field}=...)` must be an instance of `")
+    assert f"Got {type(value).__name__}. " in said
+
+
+def test_whole_numbers_of_numpy_are_numbers() -> None:
+    steps, starts = np.int64(3), np.int32(1)
+    assert bl.Unrolled(steps, lr=np.float32(0.5)).max_steps == 3  # pyright: ignore[reportArgumentType]
+    found = bl.solve(GOOD, bl.ASBLO(), X, Y, max_steps=steps, starts=starts)  # pyright: ignore[reportArgumentType]
+    assert found.steps == 3
+
+
+def test_y_that_only_an_upper_constraint_uses_is_used() -> None:
+    """min |x - 1|^2 under y <= 0.5 with y = 2 x: x = 0.25."""
+    problem = bl.BilevelProblem(
+        lambda x, y, data: ((x - 1.0) ** 2).sum(),
+        lambda x, y, data: ((y - 2.0 * x) ** 2).sum(),
+        upper_constraint=lambda x, y, data: y - 0.5,
+    )
+    x0, y0 = torch.zeros(1).double(), torch.zeros(1).double()
+    assert float(bl.solve(problem, bl.ASBLO(), x0, y0, max_steps=500).x) == pytest.approx(0.25)
+
+
+def test_y_that_only_an_upper_equality_uses_is_used() -> None:
+    problem = bl.BilevelProblem(
+        lambda x, y, data: ((x - 1.0) ** 2).sum(),
+        lambda x, y, data: ((y - 2.0 * x) ** 2).sum(),
+        upper_equality=lambda x, y, data: y - 0.5,
+    )
+    x0, y0 = torch.zeros(1).double(), torch.zeros(1).double()
+    assert float(bl.solve(problem, bl.ASBLO(), x0, y0, max_steps=500).x) == pytest.approx(0.25)
+
+
+def test_leaf_of_y_that_only_a_lower_constraint_uses_is_used() -> None:
+    """f does not know of b, which the equality ties to x: F = (a - 1)^2 + (b - 3)^2 with a = b = x."""
+    problem = bl.BilevelProblem(
+        lambda x, y, data: ((y["a"] - 1.0) ** 2).sum() + ((y["b"] - 3.0) ** 2).sum(),
+        lambda x, y, data: ((y["a"] - x) ** 2).sum(),
+        lower_equality=lambda x, y, data: y["b"] - x,
+    )
+    zero = torch.zeros(1).double()
+    found = bl.solve(problem, bl.ASBLO(), zero, {"a": zero, "b": zero}, max_steps=500)
+    assert float(found.x) == pytest.approx(2.0, abs=1e-4)
+
+
+def bounded(dtype: torch.dtype) -> tuple[bl.BilevelProblem, torch.Tensor]:
+    """y = min(x, 1), so the best x is 1; and where to start."""
+    problem = bl.BilevelProblem(
+        lambda x, y, data: ((y - 2.0) ** 2).sum() + 0.5 * ((x - 0.5) ** 2).sum(),
+        lambda x, y, data: ((y - x) ** 2).sum(),
+        lower_constraint=lambda x, y, data: y - 1.0,
+    )
+    return problem, torch.zeros(1, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_constraints_in_half_precision_are_solved(dtype: torch.dtype) -> None:
+    problem, zero = bounded(dtype)
+    found = bl.solve(problem, bl.ASBLO(), zero, zero, max_steps=300)
+    assert float(found.x) == pytest.approx(1.0, abs=0.05)
+    assert float(found.y) == pytest.approx(1.0, abs=0.05)
+
+
+def test_multipliers_beyond_half_precision_are_no_overflow() -> None:
+    """float16 ends at 65504, below `LVHBA(bound=1e6)`."""
+    problem, zero = bounded(torch.float16)
+    states = list(itertools.islice(bl.iterate(problem, bl.LVHBA(), zero, zero), 50))
+    assert float(states[-1].y) == pytest.approx(1.0, abs=0.05)
+    assert not states[-1].status.is_failure
+
+
+class GivesUp(bl.Solver):
+    def init(self, problem: Any, x0: Any, y0: Any, data: Any, *, full_batch: bool) -> bl.State:
+        return bl.State(x0, y0)
+
+    def step(self, problem: Any, state: bl.State, data: Any) -> bl.State:
+        return dataclasses.replace(state, status=bl.Status.INFEASIBLE, message="no step is left")
+
+
+def test_infeasible_error_names_the_constraint_that_is_violated_most() -> None:
+    problem = bl.BilevelProblem(
+        upper,
+        lower,
+        upper_constraint=lambda x, y, data: x - 1.0,
+        lower_constraint=lambda x, y, data: y + 0.1,
+        upper_equality=lambda x, y, data: y[:1] - 0.5,
+    )
+    words = r"infeasible: `upper_equality` must be == 0, and is violated by 0.5; no step is left"
+    with pytest.raises(bl.InfeasibleError, match=words):
+        bl.solve(problem, GivesUp(), X, Y, max_steps=3)
+    with pytest.raises(bl.InfeasibleError, match="infeasible; no step is left"):
+        bl.solve(GOOD, GivesUp(), X, Y, max_steps=3)

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -141,3 +143,64 @@ def test_memory_that_runs_out_is_no_missing_derivative(monkeypatch: pytest.Monke
     case = problems.quadratic()
     with pytest.raises(torch.OutOfMemoryError):
         bl.recommend(case.problem, case.x0, case.y0)
+
+
+def design() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    A = torch.randn(20, 5, generator=generator, dtype=torch.float64)
+    noise = 0.1 * torch.randn(20, generator=generator, dtype=torch.float64)
+    return A, A @ vector(2.0, -1.0, 0.0, 0.0, 0.0) + noise
+
+
+def lasso(x: Tensor, y: Tensor, data: object) -> Tensor:
+    A, b = design()
+    return 0.5 * ((A @ y - b) ** 2).mean() + x.exp().sum() * y.abs().sum()
+
+
+def hinge(x: Tensor, y: Tensor, data: object) -> Tensor:
+    A, b = design()
+    return torch.relu(1.0 - torch.sign(b) * (A @ y)).mean() + 0.5 * x.exp().sum() * (y**2).sum()
+
+
+def absolute(x: Tensor, y: Tensor, data: object) -> Tensor:
+    return (y - x).abs().sum()
+
+
+def upper(x: Tensor, y: Tensor, data: object) -> Tensor:
+    return ((y - 1.0) ** 2).sum()
+
+
+@pytest.mark.parametrize(
+    ("lower", "x", "y", "term"),
+    [
+        (absolute, vector(0.3), vector(0.5), "prox that of the term"),
+        (lasso, vector(-1.0), torch.zeros(5).double(), "fixed_points.prox_l1"),
+        (lasso, vector(-1.0), torch.ones(5).double(), "fixed_points.prox_l1"),
+        (hinge, vector(-2.0), torch.zeros(5).double(), "prox that of the term"),
+    ],
+)
+def test_kink_of_the_lower_objective_gets_a_fixed_point(
+    lower: Any, x: Tensor, y: Tensor, term: str
+) -> None:
+    found = bl.recommend(bl.BilevelProblem(upper, lower), x, y)
+    assert found.method is None
+    assert names(found) == ["ASBLO", "Implicit without a condition", "Unrolled"]
+    assert "f has a kink along" in str(found)
+    assert "Implicit(condition=FixedPoint(T))" in str(found)
+    assert term in str(found)
+    assert "no solution" not in str(found)
+
+
+def near_kink(x: Tensor, y: Tensor, data: object) -> Tensor:
+    """The curvature jumps at the minimum, and the slope elsewhere."""
+    return ((y - x) ** 2).sum() + torch.relu(y - x).pow(2).sum() + torch.relu(y - x - 1.0).sum()
+
+
+def steep(x: Tensor, y: Tensor, data: object) -> Tensor:
+    return torch.nn.functional.softplus(50.0 * (y - x)).sum() / 50.0 + ((y - x) ** 2).sum()
+
+
+@pytest.mark.parametrize("lower", [near_kink, steep])
+def test_smooth_minimum_is_no_kink(lower: Any) -> None:
+    found = bl.recommend(bl.BilevelProblem(upper, lower), vector(0.3), vector(0.5))
+    assert found.method == bl.HypergradientDescent(bl.Implicit(bl.linear.Dense()))

@@ -1,4 +1,5 @@
 import gc
+import re
 import weakref
 from typing import Any
 
@@ -211,7 +212,7 @@ def test_forward_mode_takes_the_mean_of_the_samples() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"truncate": 0}, "`Unrolled(truncate=...)` must be at least 1, or None. Got truncate=0"),
+        ({"truncate": 0}, "`Unrolled(truncate=...)` must be at least 1. Got truncate=0"),
         (
             {"mode": "both"},
             '`Unrolled(mode=...)` must be "reverse" or "forward". Got mode=\'both\'',
@@ -220,6 +221,20 @@ def test_forward_mode_takes_the_mean_of_the_samples() -> None:
     ],
 )
 def test_bad_parameter_is_named(options: Any, message: str) -> None:
-    with pytest.raises(ValueError) as caught:  # noqa: PT011
+    with pytest.raises(ValueError, match=re.escape(message)):
         bl.Unrolled(**options)
-    assert message in str(caught.value)
+
+
+def test_truncation_says_what_it_leaves_out() -> None:
+    """f = a |y - x|^2 / 2: the cotangent shrinks by 1 - lr a a step, and so does the relative error."""
+    problem = bl.BilevelProblem(
+        lambda x, y, data: 0.5 * ((y - 1.0) ** 2).sum(),
+        lambda x, y, data: 0.05 * ((y - x) ** 2).sum(),
+    )
+    x, y = torch.full((2,), 3.0).double(), torch.zeros(2).double()
+    for truncate in (5, 50):
+        cut = bl.hypergradient(problem, x, y, bl.Unrolled(2000, lr=0.5, truncate=truncate))
+        assert cut.status is bl.Status.CONVERGED
+        assert cut.info["truncated"] == pytest.approx(0.95**truncate, rel=1e-10)
+        torch.testing.assert_close(cut.grad, 2.0 * (1.0 - 0.95**truncate) * torch.ones(2).double())
+    assert "truncated" not in bl.hypergradient(problem, x, y, bl.Unrolled(100, lr=0.5)).info

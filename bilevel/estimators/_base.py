@@ -14,11 +14,12 @@ from torch import Tensor
 
 from bilevel import _tree
 from bilevel._autodiff import unused_leaves
-from bilevel._errors import ObjectiveError
+from bilevel._errors import ObjectiveError, check_kind
 from bilevel._oracle import Oracle
 from bilevel._problem import (
     CONSTRAINTS,
     BilevelProblem,
+    check_size,
     data_of,
     lower_value,
     projected_by,
@@ -159,6 +160,8 @@ def hypergradient(
     Raises:
         StructureError: `x` or `y` is no tree of floating tensors.
         ObjectiveError: An objective returns no scalar, or x or y is used by no objective.
+        TypeError: `problem` or `method` is of another kind.
+        ValueError: The problem has constraints that `method` does not take.
 
     Example:
         >>> import torch, bilevel as bl
@@ -169,6 +172,10 @@ def hypergradient(
         >>> bl.hypergradient(problem, torch.ones(1), torch.zeros(1), method=bl.Implicit()).grad
         tensor([6.])
     """
+    mend = "Pass `BilevelProblem(upper, lower)`."
+    check_kind("hypergradient(problem, ...)", problem, BilevelProblem, mend)
+    mend = "Pass an estimator, e.g. `Implicit()`; a solver goes to `solve`."
+    check_kind("hypergradient(method=...)", method, Estimator, mend)
     check_problem(problem, x, y, data)
     refuse_constraints(problem, "hypergradient", method.constraints)
     flat, (x_vector, y_vector), unravel_x, unravel_y = ravel(
@@ -185,7 +192,7 @@ def refuse_constraints(problem: BilevelProblem, name: str, allowed: tuple[str, .
             raise ValueError(
                 f"`{name}` takes a domain of x, and no `BilevelProblem({kind}=...)` in this version. Got one. "
                 "Put bounds on x into `domain`, and a constraint on y into the objective as a penalty or a barrier, "
-                "or use `ImplicitKKT` for lower constraints."
+                "or use `ASBLO()` on the full batch, which takes all kinds; `ImplicitKKT` takes lower ones."
             )
 
 
@@ -197,8 +204,8 @@ def check_problem(problem: BilevelProblem, x: Tree, y: Tree, data: Any) -> Evalu
 
     Raises:
         StructureError: `x` or `y` is no tree of floating tensors.
-        ObjectiveError: An objective returns no scalar, f ignores a part of y, or both objectives
-            ignore a part of x.
+        ObjectiveError: An objective returns no scalar, a constraint no tensor of finite entries and of one size, or
+            a variable is used neither by the objectives nor by the constraints that should depend on it.
     """
     _tree.check_variable(x, "x0")
     _tree.check_variable(y, "y0")
@@ -214,39 +221,62 @@ def check_problem(problem: BilevelProblem, x: Tree, y: Tree, data: Any) -> Evalu
     try:
         unused_in_upper = unused_leaves(upper, x, y)
         unused_in_lower = unused_leaves(lower, x, y)
-    except RuntimeError as error:
-        shapes = f"x0 {_shapes(x)}, y0 {_shapes(y)}"
+        of_constraints = {
+            name: unused_leaves(partial(_total, problem, name, data), x, y)
+            for name in CONSTRAINTS
+            if getattr(problem, name) is not None
+        }
+    except Exception as error:
         error.add_note(
-            f"While calling the objectives of the BilevelProblem for the first time, with {shapes}."
+            "While calling the objectives of the BilevelProblem for the first time, "
+            f"with x0 {_tree.shapes(x)}, y0 {_tree.shapes(y)}."
         )
         raise
-    if unused_in_lower[1]:
+    of_upper = [unused_in_upper, *(u for n, u in of_constraints.items() if n.startswith("upper"))]
+    of_lower = [unused_in_lower, *(u for n, u in of_constraints.items() if n.startswith("lower"))]
+    free = _common([unused[1] for unused in of_lower])
+    if free:
         raise ObjectiveError(
-            "`BilevelProblem(lower=...)` must depend on every leaf of y. "
-            f"Got no dependence on {_leaf_names('y0', y, unused_in_lower[1])}. "
+            "`BilevelProblem(lower=...)` must depend on every leaf of y, or a lower constraint must. "
+            f"Got no dependence on {_leaf_names('y0', y, free)}. "
             "Use it in the lower objective, or leave it out of y0."
         )
-    nowhere = [i for i in unused_in_upper[0] if i in unused_in_lower[0]]
-    for name in CONSTRAINTS:
-        if getattr(problem, name) is not None:
-            unused = unused_leaves(partial(_total, problem, name, data), x, y)[0]
-            nowhere = [i for i in nowhere if i in unused]
+    nowhere = _common([unused[0] for unused in (*of_upper, *of_lower)])
     if nowhere:
         raise ObjectiveError(
             "The objectives must depend on every leaf of x. "
             f"Got no dependence of either on {_leaf_names('x0', x, nowhere)}. "
             "Use it in `upper` or `lower` (without `.detach()` or `.item()`), or leave it out of x0."
         )
-    if len(unused_in_upper[1]) == len(_tree.leaves(y)):
+    if len(_common([unused[1] for unused in of_upper])) == len(_tree.leaves(y)):
         raise ObjectiveError(
-            "`BilevelProblem(upper=...)` must depend on y. Got no dependence on any leaf of y0. "
+            "`BilevelProblem(upper=...)` must depend on y, or an upper constraint must. "
+            "Got no dependence on any leaf of y0. "
             "Without it the problem has one level: minimize `upper` over x with any optimizer."
         )
     return Evaluations(upper=1, lower=1, upper_grad=1, lower_grad=1)
 
 
 def _total(problem: BilevelProblem, name: str, data: Any, x: Tree, y: Tree) -> Tensor:
-    return vector(getattr(problem, name)(x, y, data_of(name, data)), name).sum()
+    """The sum of a constraint, after a look at its entries."""
+
+    def entries() -> Tensor:
+        return vector(getattr(problem, name)(x, y, data_of(name, data)), name)
+
+    value = entries()
+    check_size(entries(), value, name)
+    bottomless = [i for i, is_bottomless in enumerate(torch.isneginf(value)) if is_bottomless]
+    if bottomless:
+        raise ObjectiveError(
+            f"`BilevelProblem({name}=...)` must have finite entries at x0, y0. "
+            f"Got -inf in its entries {bottomless}. Leave out what never binds, or start elsewhere."
+        )
+    return value.sum()
+
+
+def _common(parts: list[list[int]]) -> list[int]:
+    """What is in all of the lists."""
+    return [i for i in parts[0] if all(i in part for part in parts)]
 
 
 def _check_domain(problem: BilevelProblem, x: Tree) -> None:
@@ -264,13 +294,6 @@ def _check_domain(problem: BilevelProblem, x: Tree) -> None:
         raise ObjectiveError(
             f"{rule} Got an image that the domain moves on by {moved:.3g}. Return the nearest point of the set."
         )
-
-
-def _shapes(tree: Tree) -> str:
-    return ", ".join(
-        f"{name}{tuple(leaf.shape)}"
-        for name, leaf in zip(_tree.names(tree), _tree.leaves(tree), strict=True)
-    )
 
 
 def _leaf_names(variable: str, tree: Tree, indices: list[int]) -> str:

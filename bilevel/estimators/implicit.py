@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel import _tree
-from bilevel._errors import check_kind
+from bilevel._errors import check_kind, check_number
 from bilevel._oracle import Oracle
 from bilevel._problem import BilevelProblem
 from bilevel._solution import Status
@@ -52,6 +52,7 @@ class Implicit(Estimator):
 
     Raises:
         ValueError: `tol` is negative, or a `minimizer` is given beside a `condition`.
+        TypeError: A part is of the wrong kind.
 
     Example:
         >>> import torch, bilevel as bl
@@ -90,10 +91,8 @@ class Implicit(Estimator):
         if self.minimizer is not None:
             mend = "Pass e.g. `Newton()`."
             check_kind("Implicit(minimizer=...)", self.minimizer, Minimizer, mend)
-        if not self.tol >= 0.0:
-            raise ValueError(
-                f"`Implicit(tol=...)` must be >= 0. Got tol={self.tol}. Use e.g. 1e-10."
-            )
+        check_number("Implicit", "tol", self.tol, "Use e.g. 1e-10.", zero=True)
+        check_kind("Implicit(error_bound=...)", self.error_bound, bool, "Pass True or False.")
 
     def estimate(
         self,

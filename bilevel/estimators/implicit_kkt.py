@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel import _tree
+from bilevel._errors import check_number
 from bilevel._oracle import Oracle
 from bilevel._problem import CONSTRAINTS, BilevelProblem
 from bilevel._solution import Status
@@ -67,10 +68,7 @@ class ImplicitKKT(Estimator):
     atol: float = 1e-6
 
     def __post_init__(self) -> None:
-        if not self.atol >= 0.0:
-            raise ValueError(
-                f"`ImplicitKKT(atol=...)` must be >= 0. Got atol={self.atol}. Use e.g. 1e-6."
-            )
+        check_number("ImplicitKKT", "atol", self.atol, "Use e.g. 1e-6.", zero=True)
 
     def estimate(
         self,
@@ -86,7 +84,8 @@ class ImplicitKKT(Estimator):
         lower = ConstrainedLower(oracle, x, data, size if math.isfinite(size) else 1.0)
         solved = lower.solve(y)
         if solved.status in (Status.NONFINITE, Status.LOWER_UNBOUNDED, Status.INFEASIBLE):
-            return failed(oracle, x, y, solved.status)
+            nearest = solved.y if solved.status is Status.INFEASIBLE else y
+            return failed(oracle, x, nearest, solved.status)
         y = solved.y
         upper, upper_x, upper_y = oracle.upper_grad(x, y)
         system = KKTSystem(lower, solved)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel import _tree
+from bilevel._errors import check_number
 from bilevel._oracle import Oracle
 from bilevel._problem import BilevelProblem
 from bilevel._solution import Status
@@ -40,6 +41,7 @@ class OneStep(Estimator):
 
     Raises:
         ValueError: A parameter is out of its range.
+        TypeError: A parameter is of the wrong kind.
 
     Example:
         >>> import torch, bilevel as bl
@@ -60,15 +62,10 @@ class OneStep(Estimator):
     radius: float | None = None
 
     def __post_init__(self) -> None:
-        if not (self.lr > 0.0 and math.isfinite(self.lr)):
-            raise ValueError(
-                f"`OneStep(lr=...)` must be a finite number > 0. Got lr={self.lr}. Use e.g. 0.1."
-            )
-        if self.radius is not None and not (self.radius > 0.0 and math.isfinite(self.radius)):
-            raise ValueError(
-                f"`OneStep(radius=...)` must be a finite number > 0, or None. Got radius={self.radius}. "
-                "Use e.g. 0.01, or leave it out for the exact product."
-            )
+        check_number("OneStep", "lr", self.lr, "Use e.g. 0.1.")
+        if self.radius is not None:
+            mend = "Use e.g. 0.01, or leave it out for the exact product."
+            check_number("OneStep", "radius", self.radius, mend)
 
     def estimate(
         self,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel import _tree
-from bilevel._errors import check_kind
+from bilevel._errors import check_kind, check_number
 from bilevel._oracle import Oracle
 from bilevel._problem import BilevelProblem
 from bilevel._solution import Status
@@ -68,15 +68,8 @@ class TwoSided(Estimator):
 
     def __post_init__(self) -> None:
         check_kind("TwoSided(minimizer=...)", self.minimizer, Minimizer, "Pass e.g. `Newton()`.")
-        if not (self.multiplier > 0.0 and math.isfinite(self.multiplier)):
-            raise ValueError(
-                "`TwoSided(multiplier=...)` must be a finite number > 0. "
-                f"Got multiplier={self.multiplier}. Use e.g. 1e4."
-            )
-        if not self.tol >= 0.0:
-            raise ValueError(
-                f"`TwoSided(tol=...)` must be >= 0. Got tol={self.tol}. Use e.g. 1e-10."
-            )
+        check_number("TwoSided", "multiplier", self.multiplier, "Use e.g. 1e4.")
+        check_number("TwoSided", "tol", self.tol, "Use e.g. 1e-10.", zero=True)
 
     def estimate(
         self,

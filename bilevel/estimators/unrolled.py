@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from bilevel import _tree
+from bilevel._errors import check_count, check_number
 from bilevel._oracle import Oracle
 from bilevel._problem import BilevelProblem
 from bilevel._solution import Status
 from bilevel.estimators._base import FALLEN, Estimate, Estimator, failed
 
+_Differentiated = tuple[Tensor, float, Tensor, float, float | None]
 _AT_HAND = 2**16  # numbers up to which all iterates are kept: half a megabyte in float64
 
 
@@ -32,7 +34,10 @@ class Unrolled(Estimator):
     along with the steps: it keeps nothing, and costs m products a step, so it is for a few upper variables.
 
     The status is LOWER_UNSOLVED where the gradient of f has not fallen to a hundredth of the first one seen: too
-    few steps, or steps so long that they diverge. The number is still the exact gradient of the returned value.
+    few steps, or steps so long that they diverge. The number is still the exact gradient of the returned value, but
+    with `truncate`: CONVERGED then speaks of y alone, and the hypergradient may be far off, by the norm of the part
+    that was left out. `info["truncated"]` is the length of the cotangent of y at the cut, over that of F's gradient
+    in y (in reverse mode): what is left there is not passed on, and the number is good where it is small.
 
     Attributes:
         max_steps: T, the number of steps, >= 1.
@@ -43,6 +48,7 @@ class Unrolled(Estimator):
 
     Raises:
         ValueError: A parameter is out of its range.
+        TypeError: A parameter is of the wrong kind.
 
     Example:
         >>> import torch, bilevel as bl
@@ -68,19 +74,11 @@ class Unrolled(Estimator):
     mode: Literal["reverse", "forward"] = "reverse"
 
     def __post_init__(self) -> None:
-        if self.max_steps < 1:
-            raise ValueError(
-                f"`Unrolled(max_steps=...)` must be at least 1. Got max_steps={self.max_steps}. Raise it."
-            )
-        if not (self.lr > 0.0 and math.isfinite(self.lr)):
-            raise ValueError(
-                f"`Unrolled(lr=...)` must be a finite number > 0. Got lr={self.lr}. Use e.g. 0.1."
-            )
-        if self.truncate is not None and self.truncate < 1:
-            raise ValueError(
-                f"`Unrolled(truncate=...)` must be at least 1, or None. Got truncate={self.truncate}. "
-                "Give the number of last steps to differentiate, or leave it out for all."
-            )
+        check_count("Unrolled", "max_steps", self.max_steps, "Raise it, e.g. to 100.")
+        check_number("Unrolled", "lr", self.lr, "Use e.g. 0.1.")
+        if self.truncate is not None:
+            mend = "Give the number of last steps to differentiate, or leave it out for all."
+            check_count("Unrolled", "truncate", self.truncate, mend)
         if self.mode not in ("reverse", "forward"):
             raise ValueError(
                 f'`Unrolled(mode=...)` must be "reverse" or "forward". Got mode={self.mode!r}. '
@@ -103,7 +101,7 @@ class Unrolled(Estimator):
         """See `Estimator.estimate`."""
         oracle = Oracle(problem, data)
         differentiate = self._reverse if self.mode == "reverse" else self._forward
-        final, upper, grad, first = differentiate(oracle, x, y)
+        final, upper, grad, first, truncated = differentiate(oracle, x, y)
         lower, last = oracle.lower_grad_y(x, final)
         residual = _tree.length(last)
         if not (math.isfinite(residual) and math.isfinite(upper) and _tree.is_finite(grad)):
@@ -116,7 +114,12 @@ class Unrolled(Estimator):
             y=final,
             value=upper,
             status=Status.CONVERGED if has_fallen else Status.LOWER_UNSOLVED,
-            info={"upper": upper, "lower": float(lower), "lower_residual": residual},
+            info={
+                "upper": upper,
+                "lower": float(lower),
+                "lower_residual": residual,
+                **({} if truncated is None else {"truncated": truncated}),
+            },
             noise=eps * abs(upper),
             memory={"scale": scale},
             evaluations=oracle.evaluations,
@@ -127,8 +130,8 @@ class Unrolled(Estimator):
         _, grad = oracle.lower_grad_y(x, y)
         return y - self.lr * grad, grad
 
-    def _reverse(self, oracle: Oracle, x: Tensor, y: Tensor) -> tuple[Tensor, float, Tensor, float]:
-        """y_T, F there, the hypergradient, and the length of the first gradient of f."""
+    def _reverse(self, oracle: Oracle, x: Tensor, y: Tensor) -> _Differentiated:
+        """y_T, F there, the hypergradient, the length of the first gradient of f, and what was cut off."""
         kept = self.max_steps - self._constant_steps
         every = 1 if kept * y.numel() <= _AT_HAND else math.ceil(math.sqrt(kept))
         first = 0.0
@@ -139,6 +142,7 @@ class Unrolled(Estimator):
             y, grad_y = self._step(oracle, x, y)
             first = _tree.length(grad_y) if t == 0 else first
         upper, grad, cotangent = oracle.upper_grad(x, y)
+        upper_y = _tree.length(cotangent)
         end = kept
         while checkpoints:
             segment = [checkpoints.pop()]
@@ -150,9 +154,10 @@ class Unrolled(Estimator):
                 mixed, product = oracle.linearized(x, segment.pop()).products(cotangent)
                 grad = grad - self.lr * mixed
                 cotangent = cotangent - self.lr * product
-        return y, float(upper), grad, first
+        truncated = _tree.length(cotangent) / (upper_y or 1.0) if self._constant_steps else None
+        return y, float(upper), grad, first, truncated
 
-    def _forward(self, oracle: Oracle, x: Tensor, y: Tensor) -> tuple[Tensor, float, Tensor, float]:
+    def _forward(self, oracle: Oracle, x: Tensor, y: Tensor) -> _Differentiated:
         """The same, with $dy_t/dx$ carried along: its transpose, shape (m, n)."""
         along_x = torch.eye(x.numel(), dtype=x.dtype, device=x.device)
         along_y = torch.zeros(x.numel(), y.numel(), dtype=y.dtype, device=y.device)
@@ -165,4 +170,4 @@ class Unrolled(Estimator):
                 y, along_y = y - self.lr * grad_y, along_y - self.lr * tangents
             first = _tree.length(grad_y) if t == 0 else first
         upper, upper_x, upper_y = oracle.upper_grad(x, y)
-        return y, float(upper), upper_x + along_y @ upper_y, first
+        return y, float(upper), upper_x + along_y @ upper_y, first, None

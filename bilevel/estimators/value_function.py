@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel import _tree
+from bilevel._errors import check_kind, check_number
 from bilevel._oracle import Oracle
 from bilevel._problem import BilevelProblem
 from bilevel._solution import Status
@@ -89,27 +90,24 @@ class ValueFunction(Estimator):
 
     def __post_init__(self) -> None:
         for name in ("mu", "sigma", "tol"):
-            value = getattr(self, name)
-            if not (value > 0.0 and math.isfinite(value)):
-                raise ValueError(
-                    f"`ValueFunction({name}=...)` must be a finite number > 0. Got {name}={value}. "
-                    "Use a small positive one."
-                )
-        if not (self.epsilon >= 0.0 and math.isfinite(self.epsilon)):
-            raise ValueError(
-                f"`ValueFunction(epsilon=...)` must be a finite number >= 0. Got epsilon={self.epsilon}. "
-                "Use a small positive one."
-            )
+            check_number("ValueFunction", name, getattr(self, name), "Use a small positive one.")
+        mend = "Use a small positive one."
+        check_number("ValueFunction", "epsilon", self.epsilon, mend, zero=True)
         if self.theta is None and self.epsilon == 0.0:
             raise ValueError(
                 "`ValueFunction(epsilon=...)` must be > 0 where theta is None. Got epsilon=0.0. "
                 "Raise it, or give theta."
             )
-        if self.theta is not None and not self.theta >= 0.0:
-            raise ValueError(
-                f"`ValueFunction(theta=...)` must be >= 0 or None. Got theta={self.theta}. "
-                "Leave it out for lambda * mu."
-            )
+        if self.theta is not None:
+            mend = "Leave it out for lambda * mu."
+            check_number("ValueFunction", "theta", self.theta, mend, zero=True)
+        for name, kind, mend in (
+            ("barrier", Barrier, "Pass e.g. `barriers.log_rational()`."),
+            ("minimizer", Minimizer, "Pass e.g. `optim.Newton()`."),
+            ("pessimistic", bool, "Pass True or False."),
+            ("error_bound", bool, "Pass True or False."),
+        ):
+            check_kind(f"ValueFunction({name}=...)", getattr(self, name), kind, mend)
 
     def estimate(
         self,

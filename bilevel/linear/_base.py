@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bilevel import _tree
-from bilevel._errors import StructureError
+from bilevel._errors import StructureError, check_count, check_number
 from bilevel._types import Tree
 
 
@@ -139,15 +139,9 @@ def refined(
 
 
 def check_limits(name: str, rtol: float, max_steps: int | None, atol: float = 0.0) -> None:
-    """Raises a ValueError unless the tolerances and the limit of an iterative solver are in range."""
-    for parameter, value in (("rtol", rtol), ("atol", atol)):
-        if not 0.0 <= value < math.inf:
-            raise ValueError(
-                f"`{name}({parameter}=...)` must be a finite number of at least 0. "
-                f"Got {parameter}={value}. Pass e.g. 1e-8."
-            )
-    if max_steps is not None and max_steps < 1:
-        raise ValueError(
-            f"`{name}(max_steps=...)` must be at least 1, or None. Got max_steps={max_steps}. "
-            "Pass None to let the number of unknowns decide."
-        )
+    """Raises unless the tolerances and the limit of an iterative solver are in range."""
+    check_number(name, "rtol", rtol, "Pass e.g. 1e-8.", zero=True)
+    check_number(name, "atol", atol, "Pass e.g. 1e-8.", zero=True)
+    if max_steps is not None:
+        mend = "Pass None to let the number of unknowns decide."
+        check_count(name, "max_steps", max_steps, mend)

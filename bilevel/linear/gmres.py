@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel._errors import check_count
 from bilevel._tree import norm
 from bilevel._types import Tree
 from bilevel.linear._base import LinearSolver, check_limits, refined, system
@@ -50,10 +51,7 @@ class GMRES(LinearSolver):
 
     def __post_init__(self) -> None:
         check_limits("GMRES", self.rtol, self.max_steps)
-        if self.restart < 1:
-            raise ValueError(
-                f"`GMRES(restart=...)` must be at least 1. Got restart={self.restart}. Pass e.g. 100."
-            )
+        check_count("GMRES", "restart", self.restart, "Pass e.g. 100.")
 
     def solve(self, matvec: Callable[[Tree], Tree], b: Tree, v0: Tree | None = None) -> Tree:
         """See `LinearSolver.solve`."""

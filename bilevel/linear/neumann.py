@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bilevel._errors import check_count, check_number
 from bilevel._tree import norm
 from bilevel._types import Tree
 from bilevel.linear._base import LinearSolver, System, system, trivial
@@ -49,21 +50,11 @@ class Neumann(LinearSolver):
     rtol: float = 1e-12
 
     def __post_init__(self) -> None:
-        if self.max_steps < 1:
-            raise ValueError(
-                f"`Neumann(max_steps=...)` must be at least 1. Got max_steps={self.max_steps}. "
-                "Pass the number of terms, e.g. 100."
-            )
-        if self.step_size is not None and not 0.0 < self.step_size < math.inf:
-            raise ValueError(
-                "`Neumann(step_size=...)` must be a finite number above 0, or None. "
-                f"Got step_size={self.step_size}. Pass None to have it measured."
-            )
-        if not 0.0 <= self.rtol < math.inf:
-            raise ValueError(
-                "`Neumann(rtol=...)` must be a finite number of at least 0. "
-                f"Got rtol={self.rtol}. Pass e.g. 1e-8."
-            )
+        check_count("Neumann", "max_steps", self.max_steps, "Pass the number of terms, e.g. 100.")
+        if self.step_size is not None:
+            mend = "Pass None to have it measured."
+            check_number("Neumann", "step_size", self.step_size, mend)
+        check_number("Neumann", "rtol", self.rtol, "Pass e.g. 1e-8.", zero=True)
 
     def solve(self, matvec: Callable[[Tree], Tree], b: Tree, v0: Tree | None = None) -> Tree:
         """See `LinearSolver.solve`."""

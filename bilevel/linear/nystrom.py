@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel._errors import check_count, check_number
 from bilevel._tree import norm
 from bilevel._types import Tree
 from bilevel.linear._base import LinearSolver, System, check_limits, system, trivial
@@ -29,7 +30,8 @@ class Nystrom(LinearSolver):
     - with `rho=None` as the preconditioner of conjugate gradients, which then converge to the solution, fast
       where all but `rank` eigenvalues lie close together;
     - with `rho > 0` alone: the answer is $(\hat A + \rho I)^{-1} b$, no further product needed. That is biased,
-      by the eigenvalues left out and by $\rho$, and never larger than $\|b\| / \rho$.
+      by the eigenvalues left out and by $\rho$, and never larger than $\|b\| / \rho$. `Implicit` says so: where the
+      bias leaves a residual, its status is LINEAR_UNSOLVED by design, though the hypergradient may be of use.
 
     Attributes:
         rank: Products for the approximation, at least 1; no more than the number of unknowns are used.
@@ -39,6 +41,7 @@ class Nystrom(LinearSolver):
 
     Raises:
         ValueError: A parameter is out of range.
+        TypeError: A parameter is of the wrong kind.
 
     Example:
         >>> A = torch.diag(torch.tensor([1e6, 1e4, 1.0, 1.0], dtype=torch.float64))
@@ -63,15 +66,9 @@ class Nystrom(LinearSolver):
 
     def __post_init__(self) -> None:
         check_limits("Nystrom", self.rtol, self.max_steps)
-        if self.rank < 1:
-            raise ValueError(
-                f"`Nystrom(rank=...)` must be at least 1. Got rank={self.rank}. Pass e.g. 20."
-            )
-        if self.rho is not None and not 0.0 < self.rho < math.inf:
-            raise ValueError(
-                "`Nystrom(rho=...)` must be a finite number above 0, or None. "
-                f"Got rho={self.rho}. Pass None to iterate to the solution."
-            )
+        check_count("Nystrom", "rank", self.rank, "Pass e.g. 20.")
+        if self.rho is not None:
+            check_number("Nystrom", "rho", self.rho, "Pass None to iterate to the solution.")
 
     def solve(self, matvec: Callable[[Tree], Tree], b: Tree, v0: Tree | None = None) -> Tree:
         """See `LinearSolver.solve`; with `rho`, `v0` is not needed."""

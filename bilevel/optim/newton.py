@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel import _tree
+from bilevel._errors import check_count
 from bilevel._solution import Status
 from bilevel.optim._base import Minimizer, Minimum, Point, SmoothFunction
 
@@ -49,10 +50,7 @@ class Newton(Minimizer):
 
     def __post_init__(self) -> None:
         for name, least in (("max_steps", 1), ("dense_limit", 0), ("cg_steps", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"`Newton({name}=...)` must be at least {least}. Got {name}={getattr(self, name)}. Raise it."
-                )
+            check_count("Newton", name, getattr(self, name), "Raise it, e.g. to 100.", least=least)
 
     def minimize(
         self,

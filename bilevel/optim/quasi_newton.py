@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel import _tree
+from bilevel._errors import check_count
 from bilevel._problem import Box
 from bilevel._types import Projection
 from bilevel.optim._base import Point
@@ -46,10 +47,7 @@ class QuasiNewton:
 
     def __post_init__(self) -> None:
         for name in ("history", "max_trials"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"`QuasiNewton({name}=...)` must be at least 1. Got {name}={getattr(self, name)}. Raise it."
-                )
+            check_count("QuasiNewton", name, getattr(self, name), "Raise it, e.g. to 10.")
 
     def init(self, x: Tensor) -> dict[str, Any]:
         """The memory before the first step."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel import _tree
+from bilevel._errors import check_count, check_number
 from bilevel._solution import Status
 from bilevel._types import Schedule
 from bilevel.optim._base import Minimizer, Minimum, Point, SmoothFunction
@@ -68,19 +69,12 @@ class Torch(Minimizer):
                 "`Torch(optimizer=...)` must be an optimizer that steps on a given gradient. Got LBFGS, which "
                 "calls the objective itself. Use `bilevel.optim.QuasiNewton()` or `Newton()`."
             )
-        if not callable(lr) and not (lr > 0.0 and math.isfinite(lr)):
-            raise ValueError(
-                f"`Torch(lr=...)` must be a finite number > 0 or a schedule. Got lr={lr}. Use e.g. 1e-3."
-            )
-        if max_norm is not None and not (max_norm > 0.0 and math.isfinite(max_norm)):
-            raise ValueError(
-                f"`Torch(max_norm=...)` must be a finite number > 0 or None. Got max_norm={max_norm}. "
-                "Use a few times the usual norm of the gradient, or leave it out."
-            )
-        if max_steps < 1:
-            raise ValueError(
-                f"`Torch(max_steps=...)` must be at least 1. Got max_steps={max_steps}. Raise it."
-            )
+        if not callable(lr):
+            check_number("Torch", "lr", lr, "Use e.g. 1e-3, or a schedule.")
+        if max_norm is not None:
+            mend = "Use a few times the usual norm of the gradient, or leave it out."
+            check_number("Torch", "max_norm", max_norm, mend)
+        check_count("Torch", "max_steps", max_steps, "Raise it, e.g. to 100.")
         for name, value in (
             ("optimizer", optimizer),
             ("lr", lr),

@@ -29,6 +29,13 @@ FULL_BATCH = geometric(0.1, 1.1)  # stages wait for the residuals: no schedule o
 ON_BATCHES = polynomial(0.1, -1.0, scale=10.0)
 _FIRST_STEP = 0.1  # of the size of x: the only step before a secant of the hypergradient is known
 _FAR = 1e10  # growth of a variable at which its minimum is not believed to exist
+_SWING = (
+    3.0  # growth of the residuals over their least at which x outruns y, and its steps are halved
+)
+_STAGED_SWING = 10.0  # where the penalty grows too, which moves the residuals by itself
+_SHORTEST = (
+    2.0**-10
+)  # of the measured step of x: what no longer converges then is not saved by more
 _FLOOR = 1e-3  # of the steepest F so far: F may be flat at the answer
 
 
@@ -71,7 +78,7 @@ class Walk:
         self._curvature = dict(state.memory["curvature"])
         self._optimizers = dict(state.memory["optimizers"])
         self._before: dict[str, Any] = dict(state.memory["before"])
-        self._penalty = 1.0
+        self._penalty, self._is_staged = 1.0, False
         self._learned: set[str] = set()
         self.spent = Evaluations()
 
@@ -79,7 +86,7 @@ class Walk:
         """The weight of f against F in this step; None is the mode's own schedule."""
         if schedule is None:
             schedule = FULL_BATCH if self.memory["full_batch"] else ON_BATCHES
-        self._penalty = schedule(self.memory["stage"])
+        self._penalty, self._is_staged = schedule(self.memory["stage"]), True
         return self._penalty * self.memory["unit"]
 
     def curvature(self, name: str) -> float:
@@ -205,7 +212,7 @@ class Walk:
         """Move x against the hypergradient, and back into its domain."""
         before = self.x
         if self._movers.x is None:
-            self.memory["rate_x"] = self._upper_rate(grad) / caution
+            self.memory["rate_x"] = self._upper_rate(grad) * self.memory["shorter"] / caution
             self.x = _tree.axpy(-self.memory["rate_x"], grad, self.x)
         else:
             self.x = self.moved("x", self.x, grad, 1.0)
@@ -291,10 +298,27 @@ class Walk:
         moved = projected_by(self._problem.domain, _tree.axpy(-1.0, residuals.x, x))
         left = _tree.length(_tree.axpy(-1.0, moved, x))  # |x - P(x - g)|
         largest = max(left, *(float(norm) for norm in residuals.rest))
-        if largest * self._penalty <= slope:
+        is_over = largest * self._penalty <= slope
+        self._calm(largest, anew=is_over and self._is_staged)
+        if is_over:
             self.memory["stage"] += 1
         # The bias falls as the penalty grows, the rounding error of the hypergradient grows with it.
         rtol = max(rtol, math.sqrt(max(torch.finfo(leaf.dtype).eps for leaf in _tree.leaves(x))))
         if max(largest, abs(float(residuals.bias)) / size(self.y)) <= rtol * slope:
             return Status.CONVERGED, f"the residuals are {largest / slope:.2g} of the slope of F"
-        return Status.RUNNING, ""
+        return (
+            Status.RUNNING,
+            f"the residuals are still {largest / (slope or 1.0):.2g} of the slope of F",
+        )
+
+    def _calm(self, residual: float, *, anew: bool) -> None:
+        """Halve the steps of x where the residuals have grown out of their least.
+
+        The measured curvature is that of a hypergradient that lags behind x. Where f is ill-conditioned y and v lag by
+        many steps, and steps of one over it swing ever wider.
+        """
+        least = math.inf if anew else self.memory["least"]
+        if residual > (_STAGED_SWING if self._is_staged else _SWING) * least:
+            self.memory["shorter"] = max(0.5 * self.memory["shorter"], _SHORTEST)
+            least = residual
+        self.memory["least"] = min(least, residual)

@@ -77,6 +77,8 @@ def init(
             "unit": (slopes[1] / size_y + upper) / lower or 1.0,
             "curvature": {"upper": upper, "lower": lower, "hessian": lower},
             "before": {},
+            "least": math.inf,
+            "shorter": 1.0,
             "optimizers": {
                 name: given.init(_tree.leaves(variables[name]))
                 for name, given in optimizers.items()

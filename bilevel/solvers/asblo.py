@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from bilevel._errors import check_kind
+from bilevel._errors import check_count, check_kind
 from bilevel._problem import BilevelProblem
 from bilevel._solution import State
 from bilevel._types import Schedule, Tree
@@ -136,11 +136,9 @@ class ASBLO(Solver):
         for name in ("kappa", "rtol", "max_multiplier"):
             _fields.check_positive(self, name, "Leave it out for the default.")
         for name in ("value_steps", "lower_steps"):
-            _fields.check_at_least_one(self, name)
-        if self.first_stage < 0:
-            raise ValueError(
-                f"`ASBLO(first_stage=...)` must be at least 0. Got first_stage={self.first_stage}. Leave it out."
-            )
+            check_count("ASBLO", name, getattr(self, name), "Raise it, e.g. to 1.")
+        check_kind("ASBLO(pessimistic=...)", self.pessimistic, bool, "Pass True or False.")
+        check_count("ASBLO", "first_stage", self.first_stage, "Leave it out.", least=0)
         if self.multiplier not in ("slack", "gap"):
             raise ValueError(
                 f'`ASBLO(multiplier=...)` must be "slack" or "gap". Got {self.multiplier!r}. '

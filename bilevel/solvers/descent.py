@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from bilevel import _tree
-from bilevel._errors import BilevelWarning, check_kind
+from bilevel._errors import BilevelWarning, check_kind, check_number
 from bilevel._problem import BilevelProblem, projected_by, ravel
 from bilevel._solution import Evaluations, State, Status
 from bilevel._types import Tree
@@ -61,10 +62,7 @@ class HypergradientDescent(Solver):
             (QuasiNewton, Torch),
             "Wrap an optimizer of torch, e.g. `Torch(torch.optim.Adam, lr=1e-2)`.",
         )
-        if not (self.rtol > 0.0 and math.isfinite(self.rtol)):
-            raise ValueError(
-                f"`HypergradientDescent(rtol=...)` must be a finite number > 0. Got rtol={self.rtol}. Use e.g. 1e-7."
-            )
+        check_number("HypergradientDescent", "rtol", self.rtol, "Use e.g. 1e-7.")
 
     @property
     def pessimistic(self) -> bool:
@@ -103,7 +101,7 @@ class HypergradientDescent(Solver):
         flat, (x, y), unravel_x, unravel_y = ravel(problem, state.x, state.y)
         estimate = self.estimator.estimate(flat, x, y, data, state.memory["warm"])
         if _is_fatal(estimate):
-            return _ended(state, estimate)
+            return _ended(state, estimate, unravel_y)
         if estimate.status.is_failure:
             warnings.warn(
                 f"The hypergradient is not to be trusted: {estimate.status.value}. {estimate.status.cure}",
@@ -147,7 +145,7 @@ class HypergradientDescent(Solver):
         else:
             point = evaluate(x)
             if _is_fatal(point.extra):
-                return _ended(state, point.extra)
+                return _ended(state, point.extra, unravel_y)
             warm, y = point.extra.memory, point.extra.y
         before = memory["optimizer"]
         new, memory["optimizer"] = optimizer.step(evaluate, point, before, flat.domain)
@@ -188,10 +186,12 @@ def _is_fatal(estimate: Estimate) -> bool:
     return estimate.status in (Status.NONFINITE, Status.LOWER_UNBOUNDED, Status.INFEASIBLE)
 
 
-def _ended(state: State, estimate: Estimate) -> State:
+def _ended(state: State, estimate: Estimate, unravel_y: Callable[[Tensor], Tree]) -> State:
+    """The state of a run that cannot go on; where no y is feasible, with that which comes nearest."""
     message = f"{estimate.status.value} (at step {state.step + 1})"
     return replace(
         state,
+        y=unravel_y(estimate.y) if estimate.status is Status.INFEASIBLE else state.y,
         status=estimate.status,
         message=message,
         evaluations=state.evaluations + estimate.evaluations,

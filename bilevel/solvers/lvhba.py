@@ -146,9 +146,10 @@ class LVHBA(Solver):
         grad_z = _tree.axpy(1.0, constraint_z, _tree.axpy(pull, _tree.axpy(-1.0, y, z), lower_z))
         rise = dual * h.values(x, z) - (multipliers - zeta) / self.gamma
         memory["z"] = walk.move_z(z, lower_z, step=grad_z, stiff=1.0 + 1.0 / self.gamma)
-        memory["multipliers"] = (multipliers + rise).clamp(0.0, self.bound)
+        bound = min(self.bound, torch.finfo(rise.dtype).max)  # float16 holds no 1e6
+        memory["multipliers"] = (multipliers + rise).clamp(0.0, bound)
         z, multipliers = memory["z"], memory["multipliers"]
-        memory["zeta"] = (zeta + (multipliers - zeta) / self.gamma).clamp(0.0, self.bound)
+        memory["zeta"] = (zeta + (multipliers - zeta) / self.gamma).clamp(0.0, bound)
 
         upper, upper_x, upper_y = oracle.upper_grad(x, y)
         lower, lower_x, lower_y = oracle.lower_grad(x, y)
