@@ -161,6 +161,7 @@ class Certificate:
         problems: What is wrong with the answer, in sentences with numbers and tolerances; empty where nothing
             was found.
         tested: What was tested and holds, in sentences.
+        untested: Which tests that an answer must pass could not be made, in sentences with the reason.
     """
 
     value_gap: float
@@ -177,19 +178,32 @@ class Certificate:
     lower_equality_violation: float = 0.0
     problems: tuple[str, ...] = ()
     tested: tuple[str, ...] = ()
+    untested: tuple[str, ...] = ()
 
     @property
     def is_trusted(self) -> bool:
-        """Whether nothing was found that is wrong with the answer."""
-        return not self.problems
+        """Whether the tests that an answer must pass were made, and nothing was found that is wrong with it."""
+        return not self.problems and not self.untested
+
+    @property
+    def verdict(self) -> str:
+        """One of "trusted", "not tested: ..." and "wrong: ...", the last two with the reasons."""
+        if self.problems:
+            return f"wrong: {'; '.join(self.problems)}"
+        if self.untested:
+            return f"not tested: {'; '.join(self.untested)}"
+        return "trusted"
 
     def __str__(self) -> str:
-        words = ("assumptions", "evaluations", "problems", "tested")
+        words = ("assumptions", "evaluations", "problems", "tested", "untested")
         names = [f.name for f in fields(self) if f.name not in words]
-        verdict = "trusted" if self.is_trusted else f"not to be trusted, {len(self.problems)} found"
+        verdict = self.verdict
+        if self.problems:
+            verdict = f"not to be trusted, {len(self.problems)} found"
         rows = [("verdict", verdict)]
         rows += [(name.replace("_", " "), _show(getattr(self, name))) for name in names]
         sentences = [f"wrong: {sentence}" for sentence in self.problems]
+        sentences += [f"not tested: {sentence}" for sentence in self.untested if self.problems]
         sentences += [f"tested: {sentence}" for sentence in self.tested]
         sentences += [f"assumed: {sentence}" for sentence in self.assumptions]
         return "\n".join([table(rows), *sentences])
@@ -236,7 +250,7 @@ class Solution:
             rows += [
                 ("value gap", _show(self.certificate.value_gap)),
                 ("hypergradient norm", _show(self.certificate.hypergradient)),
-                ("certificate", "; ".join(self.certificate.problems) or "nothing wrong was found"),
+                ("certificate", self._certified(self.certificate)),
             ]
         rows += [
             ("steps", str(self.steps)),
@@ -247,6 +261,10 @@ class Solution:
             ("seconds", f"{self.seconds:.3g}"),
         ]
         return table(rows)
+
+    @staticmethod
+    def _certified(certificate: Certificate) -> str:
+        return "nothing wrong was found" if certificate.is_trusted else certificate.verdict
 
 
 def _show(value: Tensor | float | None) -> str:
