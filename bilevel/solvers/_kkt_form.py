@@ -184,7 +184,7 @@ class KKTForm:
         return -best, where
 
     def violation(self, x: Tensor, y: Tensor, level: str = "") -> float:
-        """The largest violation of a constraint, of one level or of both, in its units."""
+        """The largest violation of a constraint, of one level or of both, in its units; infinite where one is NaN."""
         names = [name for name in CONSTRAINTS if name.startswith(level)]
         found = [excess(self._constraint(name, x, y).detach(), name) for name in names]
-        return max([0.0, *(float(one.max()) for one in found if one.numel())])
+        return max([0.0, *(float(one.nan_to_num(math.inf).max()) for one in found if one.numel())])
