@@ -23,6 +23,9 @@ linalg: Any = torch.linalg  # its stubs are untyped
 _GAP = 1e-5  # of the change of f within one unit of y
 _FAR_GAP = 1e-9  # of the change of f within a distance of 1, where a unit of y is less
 _DISTANCE = 5e-3  # from a locally unique lower solution, in units of y
+_SMALL_SIZE = 1e-2  # size of y at least for that
+_EXPLAINED = 0.25  # of the value gap, by the Hessian there; where it is less, f is flat
+_FLAT_DISTANCE = 5e-2  # from a solution where f is flat, in units of y; 1e-2 at least
 _VIOLATION = 1e-6  # of the change of a constraint within one unit of x and y
 _OTHER = 1e-4  # of the change of F within one unit of y: what another lower solution must gain
 _FAR_OTHER = 1e-8  # of the change of F within a distance of 1, likewise
@@ -119,12 +122,8 @@ def certify(
         stationarity = UpperLevel(
             oracle, u, found.nearest, found.minima, data, units, sign
         ).examine()
-        apart = _tree.rms(v - found.nearest.y)
-        if stationarity.hypergradient is not None and apart > _DISTANCE * size_y:
-            problems.append(
-                f"y is {apart:.3g} (root mean square) from the lower solution next to it, more than {_DISTANCE:.2g} "
-                f"of its size {size_y:.3g}"
-            )
+        if stationarity.hypergradient is not None:
+            problems += _far_from_solution(oracle, u, v, found.nearest, gap, size_y)
         if stationarity.problem:
             problems.append(stationarity.problem)
         if stationarity.untested:
@@ -230,6 +229,23 @@ def _lower_problems(
         levels = "whether y solves the lower problem, and whether the upper level is stationary"
         return [], [f"{levels}: {why}"]
     return [why], []
+
+
+def _far_from_solution(
+    oracle: Oracle, x: Tensor, y: Tensor, nearest: Local, gap: float, size: float
+) -> list[str]:
+    """Whether y is far from a locally unique solution; farther where f is flat there."""
+    away = y - nearest.y
+    apart, allowed = _tree.rms(away), _DISTANCE * max(size, _SMALL_SIZE)
+    if apart <= allowed:
+        return []
+    if 0.5 * float(away @ oracle.linearized(x, nearest.y).hvp(away)) < _EXPLAINED * gap:
+        allowed = max(_FLAT_DISTANCE * size, _SMALL_SIZE)
+    if apart <= allowed:
+        return []
+    return [
+        f"y is {apart:.3g} (root mean square) from the lower solution next to it (tolerance {allowed:.2g})"
+    ]
 
 
 def _better_solution(
