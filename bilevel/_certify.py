@@ -122,7 +122,7 @@ def certify(
         stationarity = UpperLevel(
             oracle, u, found.nearest, found.minima, data, units, sign
         ).examine()
-        if stationarity.hypergradient is not None:
+        if stationarity.is_unique:
             problems += _far_from_solution(oracle, u, v, found.nearest, gap, size_y)
         if stationarity.problem:
             problems.append(stationarity.problem)

@@ -80,11 +80,15 @@ class Directions:
         self._solve, self._project = solve, project
         self._x, self._reach, self._scale, self._floor = x, reach, scale, floor
 
-    def walk(self) -> Walked:
-        """Look for a direction along which F falls."""
+    def walk(self, upper: float) -> Walked:
+        """Look for a direction along which F falls below `upper`, its value at x.
+
+        That is no longer the value at the lower solution where x is beside a tie of two, by the error of x.
+        """
         here = self._solve(self._x)
         if here is None:
             return Walked(0.0, 0.0, 0, "two solves of the lower problem do not agree")
+        here = Optimum(min(here.upper, upper), here.noise)
         tried = blocked = 0
         steepest = torch.zeros_like(self._x)
         for direction in _directions(self._x):

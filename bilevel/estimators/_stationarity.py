@@ -46,6 +46,8 @@ _RIVALS = 3  # other lower minima that are followed along a step
 DENSE = 256  # largest y whose Hessian is formed
 _LINEAR_PROGRAM = 400  # largest number of x and y together for the linearized problem
 _BRANCHES = 5  # weakly active constraints whose combinations are all tried
+_SHORTER = 0.1  # of a step, again and again: whether F falls at all as its slope says
+_NOT_CURVED = "f is not curved around y as its Hessian says, as at a kink"
 _WEAK = 1e-3  # in units: multipliers and distances up to which a constraint is weakly active
 
 
@@ -60,6 +62,7 @@ class Stationarity:
         tested: What holds, in sentences.
         assumptions: What was not tested.
         untested: Why it is not known whether the upper level is stationary; empty where it is known.
+        is_unique: Whether the lower solution is known to be locally the only one.
     """
 
     hypergradient: float | None = None
@@ -68,6 +71,7 @@ class Stationarity:
     tested: tuple[str, ...] = ()
     assumptions: tuple[str, ...] = ()
     untested: str = ""
+    is_unique: bool = False
 
 
 class UpperLevel:
@@ -104,6 +108,8 @@ class UpperLevel:
         if n > DENSE:
             if solver.constrained:
                 return Stationarity(untested=f"there are more than {DENSE} lower variables")
+            if self._has_kink():
+                return Stationarity(untested=_NOT_CURVED)
             return self._smooth(None, None)
         system = KKTSystem(solver.kkt, self._local.point)
         relative = system.curvature
@@ -113,6 +119,8 @@ class UpperLevel:
             return Stationarity(untested="the lower Hessian is not finite here")
         weak = solver.kkt.weakly_active(self._local.point, _WEAK)
         if system.is_regular and not bool(weak.any()):
+            if self._has_kink():
+                return Stationarity(curvature=curvature, untested=_NOT_CURVED, is_unique=True)
             return self._smooth(system, curvature)
         return self._degenerate(solver, system, curvature, weak)
 
@@ -168,16 +176,17 @@ class UpperLevel:
             expected = float(residual @ (x - moved))
             gain = self._lagrangian_falls(moved, weights, nu)
             if math.isnan(gain):
-                return Stationarity(
-                    curvature=curvature,
-                    untested="the lower problem has no smooth solution next to x",
-                )
+                why = "the lower problem has no smooth solution next to x"
+                return Stationarity(curvature=curvature, untested=why, is_unique=True)
             if expected > self._noise() and gain >= 0.5 * expected:
                 problem = (
                     f"x is not stationary: the hypergradient has norm {size:.3g}, and F falls by {gain:.3g} over a "
                     f"step of {_tree.length(x - moved):.3g}, as the slope {expected:.3g} says (at a minimum it would "
                     f"turn within that step, {self._units.step:.2g} of the size of x)"
                 )
+            elif not self._turns(moved, expected, weights, nu):
+                why = "F does not fall as its hypergradient says, however small the step"
+                return Stationarity(curvature=curvature, untested=why, is_unique=True)
         projected = residual
         if domain is not None and not isinstance(domain, Box):
             projected = x - domain(x - residual)
@@ -189,6 +198,7 @@ class UpperLevel:
             problem,
             () if problem else tuple(tested),
             tuple(assumptions),
+            is_unique=True,
         )
 
     def _reduced(self, system: KKTSystem | None, of_x: Tensor, of_y: Tensor) -> Tensor | None:
@@ -230,6 +240,27 @@ class UpperLevel:
                 there = self._constraint(name, x, solved.y)
                 gain += float(factors @ (held.value - there).to(factors))
         return gain + self._value - float(self._oracle.upper(x, solved.y))
+
+    def _turns(self, x: Tensor, expected: float, weights: Tensor, nu: Tensor) -> bool:
+        """Whether F first falls as the hypergradient says on the way to x, and turns later, as at a minimum."""
+        part = _SHORTER
+        while part * expected > self._noise():
+            there = self._x + part * (x - self._x)
+            if self._lagrangian_falls(there, weights, nu) >= 0.5 * part * expected:
+                return True
+            part *= _SHORTER
+        return expected <= self._noise() or part == _SHORTER
+
+    def _has_kink(self) -> bool:
+        """Whether f around y is not curved as its Hessian there says."""
+        generator = torch.Generator().manual_seed(0)  # the same direction at every call
+        noise = torch.randn(self._y.shape, generator=generator, dtype=torch.float64).to(self._y)
+        step = self._units.step * self._units.y * noise
+        hvp = self._oracle.linearized(self._x, self._y).hvp
+        curved = float(step @ hvp(step))
+        values = [float(self._oracle.lower(self._x, self._y + t * step)) for t in (1.0, -1.0, 0.0)]
+        error = abs(values[0] + values[1] - 2.0 * values[2] - curved)
+        return error > max(0.5 * abs(curved), rounding(max(map(abs, values)), step.dtype))
 
     def _constraint(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         with torch.no_grad():
@@ -335,7 +366,7 @@ class UpperLevel:
             self._units.step * math.sqrt(x.numel()) * self._units.x,
             max(self._units.upper, along if math.isfinite(along) else 0.0),
             self._noise(),
-        ).walk()
+        ).walk(self._value)
         found = replace(found, hypergradient=None)
         if walked.step > 0.0:
             problem = (
