@@ -112,7 +112,7 @@ def test_right_answer_at_a_kink_is_trusted(case: Kinked) -> None:
 
 
 @KINKED
-@pytest.mark.parametrize("off", [0.01, -0.01, 0.1, -0.1, 1.0])
+@pytest.mark.parametrize("off", [0.01, -0.1, 1.0])
 def test_any_x_was_trusted_at_a_kink(case: Kinked, off: float) -> None:
     x = case.x * (1.0 + off)
     found = bl.certify(case.problem, x, case.solution(x))

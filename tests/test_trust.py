@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 import bilevel as bl
+from bilevel._problem import CONSTRAINTS
+from bilevel.solvers._kkt_form import KKTForm
+from bilevel.solvers._walls import Units
 from bilevel.testing import problems
 from bilevel.testing.problems import ZooProblem
 
@@ -330,3 +333,21 @@ def test_multipliers_that_scipy_does_not_fit_are_told(monkeypatch: pytest.Monkey
     assert any("the lower gradient (SciPy" in sentence for sentence in found.assumptions)
     # the other test, which needs no multipliers, is the one that was made
     assert any("(SciPy did not fit" in sentence for sentence in found.tested)
+
+
+@pytest.mark.parametrize("name", CONSTRAINTS)
+def test_violation_of_a_constraint_that_is_nan_in_part_is_infinite(name: str) -> None:
+    constraint: Any = {name: lambda x, y, data: torch.cat([x - 5.0, x * math.nan, -x])}
+    problem = replace(simplex(), **constraint)
+    form = KKTForm(problem, Units(1.0, 1.0, dict.fromkeys(CONSTRAINTS, vector(1.0))))
+    assert form.violation(*SIMPLEX_ANSWER) == math.inf
+
+
+def test_constraint_that_is_nan_was_called_converged() -> None:
+    problem = bl.BilevelProblem(
+        lambda x, y, data: ((y - 1.0) ** 2).sum(),
+        lambda x, y, data: ((y - x) ** 2).sum(),
+        upper_equality=lambda x, y, data: torch.cat([x - 5.0, x * math.nan]),
+    )
+    found = bl.solve(problem, bl.ASBLO(), vector(0.0), vector(0.0), max_steps=100, throw=False)
+    assert found.status.is_failure
