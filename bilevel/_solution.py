@@ -33,7 +33,7 @@ class Status(enum.Enum):
     NONFINITE = (
         "an objective or a gradient became NaN or infinite; the variables are the last finite ones"
     )
-    INFEASIBLE = "no strictly feasible point of the barrier was found"
+    INFEASIBLE = "no feasible point was found"
     LOWER_UNBOUNDED = (
         "the lower objective decreases without bound in y, so the lower problem has no solution"
     )
@@ -70,7 +70,7 @@ _CURES = {
     Status.MAX_STEPS: "Raise `max_steps`, or pass more batches.",
     Status.STALLED: "Use float64, loosen `rtol`, or smooth the objectives.",
     Status.NONFINITE: "Start elsewhere, or keep x where F and f are defined by a `domain`.",
-    Status.INFEASIBLE: "Raise `epsilon`, or start at a y that solves the lower problem better.",
+    Status.INFEASIBLE: "Loosen the constraints, or start where they hold; without any, raise `epsilon`.",
     Status.LOWER_UNBOUNDED: "Add a term to f that grows with |y|, or constrain y.",
     Status.UPPER_UNBOUNDED: "Bound x by a `domain`, or add a term to F that grows with |x|.",
     Status.LOWER_UNSOLVED: "Give the minimizer more steps, or use float64 and a smooth f.",
@@ -161,6 +161,7 @@ class Certificate:
         problems: What is wrong with the answer, in sentences with numbers and tolerances; empty where nothing
             was found.
         tested: What was tested and holds, in sentences.
+        untested: Which tests that an answer must pass could not be made, in sentences with the reason.
     """
 
     value_gap: float
@@ -177,19 +178,32 @@ class Certificate:
     lower_equality_violation: float = 0.0
     problems: tuple[str, ...] = ()
     tested: tuple[str, ...] = ()
+    untested: tuple[str, ...] = ()
 
     @property
     def is_trusted(self) -> bool:
-        """Whether nothing was found that is wrong with the answer."""
-        return not self.problems
+        """Whether the tests that an answer must pass were made, and nothing was found that is wrong with it."""
+        return not self.problems and not self.untested
+
+    @property
+    def verdict(self) -> str:
+        """One of "trusted", "not tested: ..." and "wrong: ...", the last two with the reasons."""
+        if self.problems:
+            return f"wrong: {'; '.join(self.problems)}"
+        if self.untested:
+            return f"not tested: {'; '.join(self.untested)}"
+        return "trusted"
 
     def __str__(self) -> str:
-        words = ("assumptions", "evaluations", "problems", "tested")
+        words = ("assumptions", "evaluations", "problems", "tested", "untested")
         names = [f.name for f in fields(self) if f.name not in words]
-        verdict = "trusted" if self.is_trusted else f"not to be trusted, {len(self.problems)} found"
+        verdict = self.verdict
+        if self.problems:
+            verdict = f"not to be trusted, {len(self.problems)} found"
         rows = [("verdict", verdict)]
         rows += [(name.replace("_", " "), _show(getattr(self, name))) for name in names]
         sentences = [f"wrong: {sentence}" for sentence in self.problems]
+        sentences += [f"not tested: {sentence}" for sentence in self.untested if self.problems]
         sentences += [f"tested: {sentence}" for sentence in self.tested]
         sentences += [f"assumed: {sentence}" for sentence in self.assumptions]
         return "\n".join([table(rows), *sentences])
@@ -236,7 +250,7 @@ class Solution:
             rows += [
                 ("value gap", _show(self.certificate.value_gap)),
                 ("hypergradient norm", _show(self.certificate.hypergradient)),
-                ("certificate", "; ".join(self.certificate.problems) or "nothing wrong was found"),
+                ("certificate", self._certified(self.certificate)),
             ]
         rows += [
             ("steps", str(self.steps)),
@@ -247,6 +261,10 @@ class Solution:
             ("seconds", f"{self.seconds:.3g}"),
         ]
         return table(rows)
+
+    @staticmethod
+    def _certified(certificate: Certificate) -> str:
+        return "nothing wrong was found" if certificate.is_trusted else certificate.verdict
 
 
 def _show(value: Tensor | float | None) -> str:

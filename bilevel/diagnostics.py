@@ -16,14 +16,19 @@ from bilevel._oracle import Oracle
 from bilevel._problem import BilevelProblem, ravel
 from bilevel._solution import Status, table
 from bilevel._types import Tree
-from bilevel.estimators import Estimator, check_problem, refuse_constraints
+from bilevel.estimators import Estimator, Implicit, check_problem, refuse_constraints
+from bilevel.estimators._fixed_point import over_vectors
 from bilevel.estimators._gap import RegularizedLower
 from bilevel.estimators._kkt import ConstrainedLower
+from bilevel.fixed_points import FixedPoint
 from bilevel.optim import Newton
 
 _DIRECTIONS = 10  # along the axes up to this many upper variables, along random ones above
 _STEPS = 7  # tried along each direction
 _KINK = 1e-2  # relative difference of the slopes of the two sides that no smooth function has at these steps
+_SOLVED = (
+    1e-6  # of the lower gradient half a unit away: the residual of a lower problem that is solved
+)
 _TRUSTED = 1e-3  # relative error of a hypergradient that descends as the true one would
 
 
@@ -90,6 +95,9 @@ def check_hypergradient(
     x differ at every step, there is a kink, and no gradient to compare with. Above ten upper variables the
     directions are random.
 
+    The lower problem is solved by Newton's method, or by the fixed point of `Implicit(condition=...)` where the
+    method has one. Where that does not solve it, as Newton's method does not at a kink of f, there is no check.
+
     Args:
         problem: The problem.
         x: Upper variable at which to check.
@@ -121,9 +129,12 @@ def check_hypergradient(
     refuse_constraints(problem, "check_hypergradient", method.constraints)
     flat, (u, v), _, _ = ravel(problem, _tree.detach(x), _tree.detach(y))
     estimate = method.estimate(flat, u, v, data)
-    solved = _solve_lower(flat, u, v, data)
+    lower = _Lower(flat, data, method.condition if isinstance(method, Implicit) else None, v)
+    solved, status = lower.solve(u, v)
     if solved is None:
         message = "no check: the lower problem has no finite solution here"
+        if status not in (Status.NONFINITE, Status.LOWER_UNBOUNDED):
+            message = f"no check: the lower problem was not solved here: {status.value}"
         return Report(math.nan, math.inf, (), (), (), estimate.status, message)
     size = max(1.0, _tree.rms(u))
     measured: list[float] = []
@@ -132,12 +143,17 @@ def check_hypergradient(
     estimated: list[float] = []
     plateaus: list[int] = []
     kinks: list[float] = []
-    here = _upper_value(flat, u, solved, data)
+    here = lower.upper(u, solved)
     if not math.isfinite(here):
         message = "no check: F(x, y*(x)) is not finite here"
         return Report(math.nan, math.inf, (), (), (), estimate.status, message)
     for direction in _directions(u):
-        derivative, noise, step, wide, kink = _plateau(flat, u, solved, direction, size, data, here)
+        derivative, noise, step, wide, kink = _plateau(lower, u, solved, direction, size, here)
+        if not math.isfinite(noise):
+            message = (
+                "no check: the lower problem was not solved next to x, or F is not finite there"
+            )
+            return Report(math.nan, math.inf, (), (), (), estimate.status, message)
         plateaus.append(wide)
         kinks.append(kink)
         measured.append(derivative)
@@ -160,6 +176,47 @@ def check_hypergradient(
         tuple(plateaus),
         kink,
     )
+
+
+class _Lower:
+    """The lower problem as a function of x.
+
+    Args:
+        problem: The problem over vectors.
+        data: Its data.
+        condition: The fixed point that solves it, or None.
+        y: A point in whose units the residual is judged.
+    """
+
+    def __init__(
+        self, problem: BilevelProblem, data: Any, condition: FixedPoint | None, y: Tensor
+    ) -> None:
+        self._problem, self._data, self._condition = problem, data, condition
+        self._oracle = Oracle(problem, data)
+        self._size = max(_tree.rms(y), 1e-3)
+
+    def upper(self, x: Tensor, y: Tensor) -> float:
+        """F where the lower problem is solved from y; NaN where it is not."""
+        solved, _ = self.solve(x, y)
+        return math.nan if solved is None else float(self._oracle.upper(x, solved))
+
+    def solve(self, x: Tensor, y: Tensor) -> tuple[Tensor | None, Status]:
+        """The lower solution found from y, or None, and how the solve ended."""
+        if self._condition is not None:
+            step = over_vectors(self._condition, self._problem)
+            reached = self._condition.solve(lambda v: self._oracle.mapped(step, x, v), y, 0.0)
+            return (reached.y if reached.status is Status.CONVERGED else None), reached.status
+        if self._problem.lower_constraint or self._problem.lower_equality:
+            point = ConstrainedLower(self._oracle, x, self._data, self._size).solve(y)
+            return (point.y if point.status is Status.CONVERGED else None), point.status
+        lower = RegularizedLower(self._oracle, x, 0.0)
+        found = Newton().minimize(lower, lower.evaluate(y))
+        status = found.status
+        if status in (Status.STALLED, Status.MAX_STEPS):
+            away = lower.evaluate(y + 0.5 * self._size)
+            if found.residual <= _SOLVED * _tree.length(away.grad):
+                status = Status.CONVERGED
+        return (found.point.y if status is Status.CONVERGED else None), status
 
 
 def _verdict(error: float, noise: float, kink: float, status: Status) -> str:
@@ -193,13 +250,7 @@ def _directions(x: Tensor) -> list[Tensor]:
 
 
 def _plateau(
-    problem: BilevelProblem,
-    x: Tensor,
-    y: Tensor,
-    direction: Tensor,
-    size: float,
-    data: Any,
-    here: float,
+    lower: _Lower, x: Tensor, y: Tensor, direction: Tensor, size: float, here: float
 ) -> tuple[float, float, float, int, float]:
     """The slope along `direction` where two neighboring steps agree best, and how far it is one.
 
@@ -213,7 +264,7 @@ def _plateau(
     slopes: list[float] = []
     sides: list[float] = []
     for h in steps:
-        ends = [_upper_value(problem, x + s * h * direction, y, data) for s in (1.0, -1.0)]
+        ends = [lower.upper(x + s * h * direction, y) for s in (1.0, -1.0)]
         slopes.append((ends[0] - ends[1]) / (2.0 * h))
         sides.append(abs(ends[0] - 2.0 * here + ends[1]) / h)
     spreads = [abs(a - b) for a, b in itertools.pairwise(slopes)]
@@ -225,18 +276,3 @@ def _plateau(
     agreeing = sum(abs(other - slope) <= _TRUSTED * abs(slope) for other in slopes)
     kink = min(side for side in sides if math.isfinite(side))
     return slope, spreads[i], steps[i + 1], agreeing, kink
-
-
-def _upper_value(problem: BilevelProblem, x: Tensor, y: Tensor, data: Any) -> float:
-    solved = _solve_lower(problem, x, y, data)
-    return math.nan if solved is None else float(Oracle(problem, data).upper(x, solved))
-
-
-def _solve_lower(problem: BilevelProblem, x: Tensor, y: Tensor, data: Any) -> Tensor | None:
-    if problem.lower_constraint or problem.lower_equality:
-        size = max(_tree.rms(y), 1e-3)
-        point = ConstrainedLower(Oracle(problem, data), x, data, size).solve(y)
-        return point.y if point.status is Status.CONVERGED else None
-    lower = RegularizedLower(Oracle(problem, data), x, 0.0)
-    found = Newton().minimize(lower, lower.evaluate(y))
-    return None if found.status in (Status.LOWER_UNBOUNDED, Status.NONFINITE) else found.point.y

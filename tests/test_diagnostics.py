@@ -108,3 +108,51 @@ def test_value_that_is_not_finite_at_the_point_itself_has_no_check() -> None:
     report = bl.check_hypergradient(holed, X, Y, bl.Implicit())
     assert not report.is_trusted
     assert report.verdict == "no check: F(x, y*(x)) is not finite here"
+
+
+B = torch.tensor([3.0, 1.0, 0.2], dtype=torch.float64)
+#: The Lasso with a unit matrix: y is B by soft thresholding at e^x.
+LASSO = bl.BilevelProblem(
+    lambda x, y, data: 0.5 * ((y - 0.5 * B) ** 2).sum(),
+    lambda x, y, data: 0.5 * ((y - B) ** 2).sum() + x.exp() * y.abs().sum(),
+)
+
+
+def lasso_condition(max_steps: int = 1000) -> bl.FixedPoint:
+    step = bl.fixed_points.prox_gradient(
+        lambda x, y, data: 0.5 * ((y - B) ** 2).sum(),
+        lambda x, v, lr: bl.fixed_points.prox_l1(v, lr * x.exp()),
+        lr=0.5,
+    )
+    return bl.FixedPoint(step, max_steps=max_steps)
+
+
+@pytest.mark.parametrize("start", [0.0, 1.0])
+def test_exact_hypergradient_of_a_lasso_was_called_wrong(start: float) -> None:
+    x = torch.tensor([-0.5], dtype=torch.float64)
+    method = bl.Implicit(condition=lasso_condition())
+    report = bl.check_hypergradient(LASSO, x, torch.full_like(B, start), method)
+    assert report.is_trusted
+    penalty = float(x.exp())  # y = (3 - p, 1 - p, 0), so that dF = -p ((1.5 - p) + (0.5 - p)) dx
+    assert report.measured[0] == pytest.approx(-penalty * (2.0 - 2.0 * penalty), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [bl.Implicit(), bl.Unrolled(max_steps=50, lr=0.5), bl.Implicit(condition=lasso_condition(2))],
+)
+def test_unsolved_lower_problem_is_not_the_estimate_s_fault(method: bl.Estimator) -> None:
+    x = torch.tensor([-0.5], dtype=torch.float64)
+    report = bl.check_hypergradient(LASSO, x, torch.zeros_like(B), method)
+    assert report.verdict.startswith("no check: the lower problem was not solved here")
+    assert not report.is_trusted
+
+
+def test_kink_that_only_the_neighbors_show_leaves_no_check() -> None:
+    """Torch's gradient of |y - x| is zero at y = x, which so looks solved, and is not for x + h."""
+    kinked = bl.BilevelProblem(
+        lambda x, y, data: (y**2).sum(), lambda x, y, data: (y - x).abs().sum()
+    )
+    report = bl.check_hypergradient(kinked, X, X.clone(), bl.Implicit(bl.linear.Dense()))
+    assert report.verdict.startswith("no check: the lower problem was not solved next to x")
+    assert not report.is_trusted

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -47,14 +47,7 @@ def at_fixed_point(
         The estimate.
     """
     oracle, warm = Oracle(problem, data), memory or {}
-    as_x, as_y = problem.unravel or (_as_it_is, _as_it_is)
-
-    def step(u: Tensor, v: Tensor, part: Any) -> Tensor:
-        tree = as_y(v)
-        image = condition.map(as_x(u), tree, part)
-        _tree.check_like(image, tree, "FixedPoint(map=...)(x, y, data)")
-        return _tree.ravel(image)[0]
-
+    step = over_vectors(condition, problem)
     first = _tree.length(oracle.mapped(step, x, y) - y)
     scale = max(first, float(warm.get("scale", 0.0)))
     reached = condition.solve(lambda v: oracle.mapped(step, x, v), y, tol * scale)
@@ -90,6 +83,21 @@ def at_fixed_point(
         memory={"v": v, "scale": scale},
         evaluations=oracle.evaluations,
     )
+
+
+def over_vectors(
+    condition: FixedPoint, problem: BilevelProblem
+) -> Callable[[Tensor, Tensor, Any], Tensor]:
+    """T of a problem over vectors, as a function of the vectors x and y, and the data."""
+    as_x, as_y = problem.unravel or (_as_it_is, _as_it_is)
+
+    def step(x: Tensor, y: Tensor, data: Any) -> Tensor:
+        tree = as_y(y)
+        image = condition.map(as_x(x), tree, data)
+        _tree.check_like(image, tree, "FixedPoint(map=...)(x, y, data)")
+        return _tree.ravel(image)[0]
+
+    return step
 
 
 def _as_it_is(vector: Tensor) -> Tree:

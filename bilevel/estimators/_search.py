@@ -14,6 +14,7 @@ from bilevel._oracle import CountedGradient, Oracle
 from bilevel._solution import Status
 from bilevel.estimators._gap import RegularizedLower, rounding
 from bilevel.estimators._kkt import ConstrainedLower, KKTPoint
+from bilevel.estimators._nonsmooth import minimize
 from bilevel.optim import Newton
 from bilevel.optim._base import Minimum, Point, SmoothFunction
 
@@ -22,6 +23,10 @@ SMALL, MEDIUM = 300, 3000  # sizes of y up to which all starts, or few, can be a
 #: Weights of f against F on the way from the minimum of F to one of f.
 _PATH = (0.0, 0.3, 1.0, 3.0, 10.0)
 _FAR = 100.0  # growth of y at which the path from there is given up
+#: Ends of Newton's method at a kink: no step that lowers f, or no finite Hessian.
+_NO_NEWTON = (Status.STALLED, Status.MAX_STEPS, Status.NONFINITE)
+_LEAVE = 5e-3  # first step of a solve at kinks, in units of y
+_UNBOUNDED = 1e8  # growth of |y| there at which a minimum is not believed to exist
 _TO_UPPER = 8  # Newton steps for each
 _SAME = 1e-8  # of the change of f within one unit of y: minima nearer to each other count as one
 
@@ -35,48 +40,75 @@ class Local:
         value: f there, `-inf` where f falls without bound.
         status: CONVERGED (to rounding, too), or why it is no solution.
         point: With the multipliers.
+        is_smooth: Whether the gradient vanishes there, as it does not at a kink.
     """
 
     y: Tensor
     value: float
     status: Status
     point: KKTPoint
+    is_smooth: bool = True
 
 
 class LowerSolver:
     """Solves `min f(x, .)` locally: by Newton's method, or with constraints by SciPy and the KKT equations.
+
+    Where Newton's method stalls, as it does at a kink of f, a method for kinks goes on, there and in all later solves.
 
     Attributes:
         constrained: Whether the lower problem has constraints.
         kkt: The lower problem with its KKT system.
     """
 
-    def __init__(self, oracle: Oracle, x: Tensor, data: Any, size: float) -> None:
+    def __init__(
+        self, oracle: Oracle, x: Tensor, data: Any, size: float, *, is_smooth: bool = True
+    ) -> None:
         problem = oracle.problem
         self.constrained = bool(problem.lower_constraint or problem.lower_equality)
         self.kkt = ConstrainedLower(oracle, x, data, size)
         self._oracle, self._x = oracle, x
         self._hessian: Tensor | None = None
         self._newton = Newton()
+        self._size, self._is_smooth = size, is_smooth
 
     def solve(self, y: Tensor) -> Local:
         """The solution found from y."""
         if self.constrained:
             point = self.kkt.solve(y)
             return Local(point.y, point.value, point.status, point)
+        if not self._is_smooth:
+            return self._solve_at_kinks(y)
         lower = RegularizedLower(self._oracle, self._x, 0.0, self._hessian)
         start = lower.evaluate(y)
         found = self._newton.minimize(lower, start, 1e-10 * _tree.length(start.grad))
         self._hessian = lower.lower_hessian
-        value = found.point.value
-        if found.status is Status.LOWER_UNBOUNDED:
+        value, status = found.point.value, found.status
+        if status is Status.STALLED and found.residual <= 1e-6 * _tree.length(start.grad):
+            status = Status.CONVERGED
+        if status in _NO_NEWTON and math.isfinite(start.value) and y.numel() <= SMALL:
+            self._is_smooth = False
+            return self._solve_at_kinks(found.point.y if math.isfinite(value) else y)
+        if status is Status.LOWER_UNBOUNDED:
             value = -math.inf
         elif not math.isfinite(value):
             value = math.nan
-        status = found.status
-        if status is Status.STALLED and found.residual <= 1e-6 * _tree.length(start.grad):
-            status = Status.CONVERGED
         return Local(found.point.y, value, status, free_point(found.point.y, value))
+
+    def _solve_at_kinks(self, y: Tensor) -> Local:
+        def with_gradient(v: Tensor) -> tuple[float, Tensor]:
+            value, grad = self._oracle.lower_grad_y(self._x, v)
+            return float(value), grad
+
+        found = minimize(
+            with_gradient, lambda v: float(self._oracle.lower(self._x, v)), y, self._size, _LEAVE
+        )
+        status = Status.CONVERGED if found.is_minimum else Status.STALLED
+        if not math.isfinite(found.value):
+            status = Status.NONFINITE
+        value = found.value
+        if value == -math.inf or _tree.length(found.y) > _UNBOUNDED * (1.0 + _tree.length(y)):
+            value, status = -math.inf, Status.LOWER_UNBOUNDED
+        return Local(found.y, value, status, free_point(found.y, value), is_smooth=False)
 
 
 def free_point(y: Tensor, value: float) -> KKTPoint:
@@ -97,6 +129,8 @@ class Search:
         lower_size: How much f rises within one unit of y from its minimum.
         same: Values of f nearer to each other than this count as equal.
         upper_size: How much F changes within one unit of y.
+        lower_far: How much f changes within a distance of 1, where that is more than a unit of y.
+        upper_far: How much F does.
     """
 
     nearest: Local
@@ -106,6 +140,8 @@ class Search:
     lower_size: float
     same: float
     upper_size: float
+    lower_far: float
+    upper_far: float
 
 
 def search(oracle: Oracle, x: Tensor, y: Tensor, data: Any, size: float, sign: float) -> Search:
@@ -122,14 +158,22 @@ def search(oracle: Oracle, x: Tensor, y: Tensor, data: Any, size: float, sign: f
     solver = LowerSolver(oracle, x, data, size)
     nearest = solver.solve(y)
     if nearest.status in (Status.NONFINITE, Status.LOWER_UNBOUNDED):
-        return Search(nearest, nearest, (nearest,), 1, 0.0, 0.0, 0.0)
+        return Search(nearest, nearest, (nearest,), 1, 0.0, 0.0, 0.0, 0.0, 0.0)
     starts = _around(y, size)
     units = starts[:3]  # the radii up to one unit
     lower_size = _range([abs(float(oracle.lower(x, v)) - nearest.value) for v in units])
     # relative to what f changes by, not to f: a constant added to it is no matter but for its rounding
     eps = torch.finfo(y.dtype).eps
     same = max(_SAME, 10.0 * eps) * lower_size + rounding(nearest.value, y.dtype)
-    changes = [abs(float(oracle.upper(x, v)) - float(oracle.upper(x, y))) for v in units[-1:]]
+    upper = float(oracle.upper(x, y))
+    upper_size = _range([abs(float(oracle.upper(x, units[-1])) - upper)])
+    lower_far, upper_far = lower_size, upper_size
+    if size < 1.0:
+        far = [y + (v - y) / size for v in units]
+        lower_far = _range(
+            [lower_size, *(abs(float(oracle.lower(x, v)) - nearest.value) for v in far)]
+        )
+        upper_far = _range([upper_size, abs(float(oracle.upper(x, far[-1])) - upper)])
     if y.numel() <= SMALL:
         starts = [*starts, _toward_upper(oracle, x, nearest.y, size, sign)]
     else:
@@ -156,7 +200,9 @@ def search(oracle: Oracle, x: Tensor, y: Tensor, data: Any, size: float, sign: f
         solves,
         lower_size,
         same,
-        _range(changes),
+        upper_size,
+        lower_far,
+        upper_far,
     )
 
 

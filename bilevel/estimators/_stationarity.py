@@ -6,7 +6,8 @@ holds many points, or a constraint is weakly active - that formula does not hold
 x, y and the multipliers is solved on each branch of the complementarity conditions instead: there y may move
 along the lower solutions as well, as the optimistic value function lets it.
 
-Either way a direction only counts where a step along it, with the lower problem solved again, lowers F.
+Either way a direction only counts where a step along it, with the lower problem solved again, lowers F. Where
+neither is an answer - at a kink of f, above all - F is followed along directions of x without derivatives.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,10 +33,12 @@ from bilevel.estimators._constraints import (
     linearize,
     positive,
 )
+from bilevel.estimators._directions import Directions
 from bilevel.estimators._gap import rounding
 from bilevel.estimators._kkt import KKTSystem
 from bilevel.estimators._linear_program import LinearProgram, Units
-from bilevel.estimators._search import Local, LowerSolver
+from bilevel.estimators._optimum import OptimalValue
+from bilevel.estimators._search import SMALL, Local, LowerSolver
 from bilevel.linear import CG
 
 linalg: Any = torch.linalg  # its stubs are untyped
@@ -43,6 +46,8 @@ _RIVALS = 3  # other lower minima that are followed along a step
 DENSE = 256  # largest y whose Hessian is formed
 _LINEAR_PROGRAM = 400  # largest number of x and y together for the linearized problem
 _BRANCHES = 5  # weakly active constraints whose combinations are all tried
+_SHORTER = 0.1  # of a step, again and again: whether F falls at all as its slope says
+_NOT_CURVED = "f is not curved around y as its Hessian says, as at a kink"
 _WEAK = 1e-3  # in units: multipliers and distances up to which a constraint is weakly active
 
 
@@ -56,13 +61,17 @@ class Stationarity:
         problem: What is wrong, or empty.
         tested: What holds, in sentences.
         assumptions: What was not tested.
+        untested: Why it is not known whether the upper level is stationary; empty where it is known.
+        is_unique: Whether the lower solution is known to be locally the only one.
     """
 
-    hypergradient: float | None
-    curvature: float | None
-    problem: str
-    tested: tuple[str, ...]
-    assumptions: tuple[str, ...]
+    hypergradient: float | None = None
+    curvature: float | None = None
+    problem: str = ""
+    tested: tuple[str, ...] = ()
+    assumptions: tuple[str, ...] = ()
+    untested: str = ""
+    is_unique: bool = False
 
 
 class UpperLevel:
@@ -88,20 +97,30 @@ class UpperLevel:
 
     def examine(self) -> Stationarity:
         """Find out whether F falls along the lower solutions."""
+        if not self._local.is_smooth:
+            return self._by_directions(Stationarity(untested="f has a kink at y"))
+        found = self._by_derivatives()
+        return self._by_directions(found) if found.untested else found
+
+    def _by_derivatives(self) -> Stationarity:
         n = self._y.numel()
         solver = LowerSolver(self._oracle, self._x, self._data, self._units.y)
         if n > DENSE:
             if solver.constrained:
-                return _untested(f"the upper level is stationary (not tested above {DENSE} y)")
+                return Stationarity(untested=f"there are more than {DENSE} lower variables")
+            if self._has_kink():
+                return Stationarity(untested=_NOT_CURVED)
             return self._smooth(None, None)
         system = KKTSystem(solver.kkt, self._local.point)
         relative = system.curvature
         size = float(linalg.matrix_norm(system.hessian)) if relative is not None else 0.0
         curvature = None if relative is None or not math.isfinite(size) else relative * size
         if not _tree.is_finite(system.matrix):
-            return _untested("the upper level is stationary: the lower Hessian is not finite here")
+            return Stationarity(untested="the lower Hessian is not finite here")
         weak = solver.kkt.weakly_active(self._local.point, _WEAK)
         if system.is_regular and not bool(weak.any()):
+            if self._has_kink():
+                return Stationarity(curvature=curvature, untested=_NOT_CURVED, is_unique=True)
             return self._smooth(system, curvature)
         return self._degenerate(solver, system, curvature, weak)
 
@@ -116,9 +135,7 @@ class UpperLevel:
         pulled = self._reduced(system, self._upper_x, self._upper_y)
         held, equal = (self._reduced_rows(system, c) for c in (self._held, self._equal))
         if pulled is None or held is None or equal is None:
-            return _untested(
-                "the upper level is stationary: the lower Hessian's linear system was not solved"
-            )
+            return Stationarity(untested="the linear system of the lower Hessian was not solved")
         domain, x = self._oracle.problem.domain, self._x
         reach = self._units.step * math.sqrt(x.numel()) * self._units.x
         slopes = linalg.vector_norm(held, dim=1)
@@ -136,9 +153,7 @@ class UpperLevel:
             rows = torch.cat([held[near], *walls])
             fit = fit_multipliers(pulled, rows, equal)
             if not fit.is_solved:
-                return _untested(
-                    "the upper level is stationary: SciPy did not fit the multipliers of its constraints"
-                )
+                return Stationarity(untested="SciPy did not fit the multipliers of its constraints")
             nu = fit.equality
             residual = pulled + rows.T @ fit.inequality + equal.T @ nu
             weights[near] = fit.inequality[: int(near.sum())]
@@ -160,12 +175,18 @@ class UpperLevel:
             moved = moved if domain is None else domain(moved)
             expected = float(residual @ (x - moved))
             gain = self._lagrangian_falls(moved, weights, nu)
+            if math.isnan(gain):
+                why = "the lower problem has no smooth solution next to x"
+                return Stationarity(curvature=curvature, untested=why, is_unique=True)
             if expected > self._noise() and gain >= 0.5 * expected:
                 problem = (
                     f"x is not stationary: the hypergradient has norm {size:.3g}, and F falls by {gain:.3g} over a "
                     f"step of {_tree.length(x - moved):.3g}, as the slope {expected:.3g} says (at a minimum it would "
                     f"turn within that step, {self._units.step:.2g} of the size of x)"
                 )
+            elif not self._turns(moved, expected, weights, nu):
+                why = "F does not fall as its hypergradient says, however small the step"
+                return Stationarity(curvature=curvature, untested=why, is_unique=True)
         projected = residual
         if domain is not None and not isinstance(domain, Box):
             projected = x - domain(x - residual)
@@ -177,6 +198,7 @@ class UpperLevel:
             problem,
             () if problem else tuple(tested),
             tuple(assumptions),
+            is_unique=True,
         )
 
     def _reduced(self, system: KKTSystem | None, of_x: Tensor, of_y: Tensor) -> Tensor | None:
@@ -202,10 +224,12 @@ class UpperLevel:
         return torch.stack(solved) if solved else held.in_x.to(self._x)
 
     def _lagrangian_falls(self, x: Tensor, weights: Tensor, nu: Tensor) -> float:
-        """How much `F + weights H + nu H_=` falls from the point to x, with y solved again."""
+        """How much `F + weights H + nu H_=` falls from the point to x, with y solved again; NaN at a kink."""
         solver = LowerSolver(self._oracle, x, self._data, self._units.y)
         solved = solver.solve(self._y)
-        if solved.status is not Status.CONVERGED or self._is_overtaken(solver, solved):
+        if solved.status is not Status.CONVERGED or not solved.is_smooth:
+            return math.nan
+        if self._is_overtaken(solver, solved):
             return 0.0
         gain = 0.0
         for name, held, factors in (
@@ -217,9 +241,40 @@ class UpperLevel:
                 gain += float(factors @ (held.value - there).to(factors))
         return gain + self._value - float(self._oracle.upper(x, solved.y))
 
+    def _turns(self, x: Tensor, expected: float, weights: Tensor, nu: Tensor) -> bool:
+        """Whether F first falls as the hypergradient says on the way to x, and turns later, as at a minimum."""
+        part = _SHORTER
+        while part * expected > self._noise():
+            there = self._x + part * (x - self._x)
+            if self._lagrangian_falls(there, weights, nu) >= 0.5 * part * expected:
+                return True
+            part *= _SHORTER
+        return expected <= self._noise() or part == _SHORTER
+
+    def _has_kink(self) -> bool:
+        """Whether f around y is not curved as its Hessian there says."""
+        generator = torch.Generator().manual_seed(0)  # the same direction at every call
+        noise = torch.randn(self._y.shape, generator=generator, dtype=torch.float64).to(self._y)
+        step = self._units.step * self._units.y * noise
+        hvp = self._oracle.linearized(self._x, self._y).hvp
+        curved = float(step @ hvp(step))
+        values = [float(self._oracle.lower(self._x, self._y + t * step)) for t in (1.0, -1.0, 0.0)]
+        error = abs(values[0] + values[1] - 2.0 * values[2] - curved)
+        return error > max(0.5 * abs(curved), rounding(max(map(abs, values)), step.dtype))
+
     def _constraint(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         with torch.no_grad():
             return constraint_values(self._oracle.problem, name, x, y, self._data)
+
+    def _is_feasible(self, x: Tensor, y: Tensor) -> bool:
+        """Whether the upper constraints hold there as well as at the point."""
+        for name, held in (("upper_constraint", self._held), ("upper_equality", self._equal)):
+            after = excess(self._constraint(name, x, y), name)
+            size = linalg.vector_norm(held.in_x, dim=1) * self._units.x
+            size = size + linalg.vector_norm(held.in_y, dim=1) * self._units.y
+            if bool((after > excess(held.value, name) + 1e-2 * self._units.step * size).any()):
+                return False
+        return True
 
     def _is_overtaken(self, solver: LowerSolver, solved: Local) -> bool:
         """Whether another minimum of f is the lower one here, so that y would jump to it."""
@@ -245,8 +300,8 @@ class UpperLevel:
             why = "the lower Hessian is singular or indefinite here"
         if self._sign < 0.0 or self._x.numel() + self._y.numel() > _LINEAR_PROGRAM:
             reason = "for a pessimistic problem" if self._sign < 0.0 else "at this size"
-            sentence = f"the upper level is stationary (not tested {reason}: {why})"
-            return Stationarity(None, curvature, "", (), (sentence,))
+            untested = f"no test by derivatives {reason}: {why}"
+            return Stationarity(curvature=curvature, untested=untested)
         assumptions: list[str] = []
         if count > _BRANCHES:
             assumptions.append(
@@ -276,15 +331,56 @@ class UpperLevel:
                     f"(x, y) is not stationary along the lower solutions: F falls by {gain:.3g} over a step of "
                     f"{self._units.step:.2g} of the sizes of x and y that keeps y a lower solution ({why})"
                 )
-                return Stationarity(None, curvature, problem, (), tuple(assumptions))
+                return Stationarity(curvature=curvature, problem=problem)
             assumptions.append(
                 f"F cannot be lowered along the lower solutions: the linearized problem says {slope:.2g} per unit, "
                 f"but no lower solution there confirms it ({why})"
             )
+        if assumptions:
+            told = tuple(dict.fromkeys(assumptions))
+            return Stationarity(curvature=curvature, assumptions=told, untested=why)
         tested = f"F cannot be lowered to first order along the lower solutions ({why})"
-        return Stationarity(
-            None, curvature, "", () if assumptions else (tested,), tuple(dict.fromkeys(assumptions))
+        return Stationarity(curvature=curvature, tested=(tested,))
+
+    # ------------------------------------------------------------------ without derivatives
+
+    def _by_directions(self, found: Stationarity) -> Stationarity:
+        """The test without derivatives where that by derivatives could not be made."""
+        if self._y.numel() > SMALL:
+            return found
+        x, domain = self._x, self._oracle.problem.domain
+        optimum = OptimalValue(
+            self._oracle,
+            self._local,
+            self._others,
+            self._data,
+            self._units,
+            self._sign,
+            self._is_feasible,
         )
+        along = abs(float(self._oracle.upper(x + self._units.x, self._y)) - self._value)
+        walked = Directions(
+            optimum,
+            (lambda u: u) if domain is None else domain,
+            x,
+            self._units.step * math.sqrt(x.numel()) * self._units.x,
+            max(self._units.upper, along if math.isfinite(along) else 0.0),
+            self._noise(),
+        ).walk(self._value)
+        found = replace(found, hypergradient=None)
+        if walked.step > 0.0:
+            problem = (
+                f"the upper level is not stationary: F falls by {walked.fall:.3g} over a step of {walked.step:.3g} "
+                f"in x, with the lower problem solved again there ({found.untested})"
+            )
+            return replace(found, problem=problem, untested="")
+        if walked.untested:
+            return replace(found, untested=f"{walked.untested} ({found.untested})")
+        tested = (
+            f"F falls along none of {walked.directions} directions of x, with the lower problem solved again along "
+            f"each ({found.untested})"
+        )
+        return replace(found, tested=(tested,), untested="")
 
     def _falls(self, dx: Tensor, dy: Tensor) -> float:
         """How much F falls over a step whose end is feasible, with y solved again from there."""
@@ -301,12 +397,8 @@ class UpperLevel:
         allowed = 1e-9 * abs(float(self._oracle.lower(x, start)) - near.value)
         if gap > allowed + rounding(near.value, x.dtype) or self._is_overtaken(solver, near):
             return 0.0
-        for name, held in (("upper_constraint", self._held), ("upper_equality", self._equal)):
-            after = excess(self._constraint(name, x, near.y), name)
-            size = linalg.vector_norm(held.in_x, dim=1) * self._units.x
-            size = size + linalg.vector_norm(held.in_y, dim=1) * self._units.y
-            if bool((after > excess(held.value, name) + 1e-2 * self._units.step * size).any()):
-                return 0.0
+        if not self._is_feasible(x, near.y):
+            return 0.0
         return self._value - float(self._oracle.upper(x, near.y))
 
 
@@ -318,7 +410,3 @@ def _rivals(local: Local, others: Sequence[Local], size: float) -> list[Tensor]:
         if len(chosen) <= _RIVALS and all(_tree.length(other.y - y) > apart for y in chosen):
             chosen.append(other.y)
     return chosen[1:]
-
-
-def _untested(sentence: str) -> Stationarity:
-    return Stationarity(None, None, "", (), (sentence,))

@@ -182,11 +182,9 @@ def _with_starts(
             "verdict": [state.status.name, state.message],
         }
         return replace(state, status=Status.RUNNING, message="", memory={**state.memory, **more})
-    name, violation = form.worst(state.x, state.y)
-    if state.status is Status.CONVERGED and violation > math.sqrt(_VIOLATION):
-        message = (
-            f"infeasible: `{name}` is violated by {violation:.2g} of its size; {state.message}"
-        )
+    violation = form.violation(state.x, state.y)
+    if state.status in _ENDED_WITH_AN_ANSWER and violation > math.sqrt(_VIOLATION):
+        message = f"a violation of {violation:.2g} in units of the constraint; {state.message}"
         return replace(state, status=Status.INFEASIBLE, message=message)
     return state
 

@@ -184,15 +184,7 @@ class KKTForm:
         return -best, where
 
     def violation(self, x: Tensor, y: Tensor, level: str = "") -> float:
-        """The largest violation of a constraint, of one level or of both, in its units."""
-        return self.worst(x, y, level)[1]
-
-    def worst(self, x: Tensor, y: Tensor, level: str = "") -> tuple[str, float]:
-        """The constraint that is violated most, and by how much, in its units; infinitely where it is NaN."""
-        found = [("", 0.0)]
-        for name in CONSTRAINTS:
-            if name.startswith(level):
-                value = excess(self._constraint(name, x, y).detach(), name)
-                amounts = value.nan_to_num(math.inf, math.inf)
-                found += [(name, float(amounts.max()))] if amounts.numel() else []
-        return max(found, key=lambda one: one[1])
+        """The largest violation of a constraint, of one level or of both, in its units; infinite where one is NaN."""
+        names = [name for name in CONSTRAINTS if name.startswith(level)]
+        found = [excess(self._constraint(name, x, y).detach(), name) for name in names]
+        return max([0.0, *(float(one.nan_to_num(math.inf).max()) for one in found if one.numel())])

@@ -63,7 +63,7 @@ def init(sequence: Sequence, problem: BilevelProblem, x0: Tree, y0: Tree) -> Sta
         x=unravel_x(scales.x),
         y=unravel_y(scales.y),
         status=scales.status,
-        message="" if scales.status is Status.RUNNING else f"{scales.status.value} (at x0)",
+        message="" if scales.status is Status.RUNNING else f"{scales.status.value} (from x0)",
         memory={
             "stage": sequence.first_stage,
             "units": [scales.lower, scales.upper, scales.square],
