@@ -31,7 +31,7 @@ class Run:
         name: The method.
         upper: F(x, y) at its end; NaN where it did not run.
         gap: The value gap there, by `certify`.
-        is_trusted: Whether the certificate finds nothing wrong.
+        is_trusted: Whether the certificate trusts the answer.
         status: How it ended: RUNNING where the budget did, None where the method refused the problem.
         evaluations: Calls of the objectives.
         memory: Bytes of the tensors that its first two steps make, as many as live at a time.

@@ -228,7 +228,7 @@ def solve(
 
     Returns:
         The solution, with a certificate where no batches were given. Of several starts, that of smallest F among
-        the answers that did not fail and whose certificates find nothing wrong, else among those that did not fail;
+        the answers that did not fail and whose certificates trust them, else among those that did not fail;
         its evaluations and seconds are those of all starts.
 
     Warns:
@@ -316,11 +316,13 @@ def solve(
 
 
 def _disagreement(state: State, certificate: Certificate) -> State:
-    """The state, its message with what the certificate found; warns where that is something."""
+    """The state, its message with what keeps the certificate from trust; warns where something is wrong."""
     if certificate.is_trusted:
         return state
-    message = f"the certificate disagrees: {'; '.join(certificate.problems)}"
-    warnings.warn(message, BilevelWarning, stacklevel=3)
+    message = f"the certificate: {certificate.verdict}"
+    if certificate.problems:
+        message = f"the certificate disagrees: {'; '.join(certificate.problems)}"
+        warnings.warn(message, BilevelWarning, stacklevel=3)
     return replace(state, message="; ".join(filter(None, (state.message, message))))
 
 
