@@ -250,7 +250,7 @@ class Solution:
             rows += [
                 ("value gap", _show(self.certificate.value_gap)),
                 ("hypergradient norm", _show(self.certificate.hypergradient)),
-                ("certificate", self._certified(self.certificate)),
+                ("certificate", self.certificate.verdict),
             ]
         rows += [
             ("steps", str(self.steps)),
@@ -261,10 +261,6 @@ class Solution:
             ("seconds", f"{self.seconds:.3g}"),
         ]
         return table(rows)
-
-    @staticmethod
-    def _certified(certificate: Certificate) -> str:
-        return "nothing wrong was found" if certificate.is_trusted else certificate.verdict
 
 
 def _show(value: Tensor | float | None) -> str:
