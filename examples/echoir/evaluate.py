@@ -10,7 +10,8 @@ from pathlib import Path
 import tyro
 from console import fail_plainly, pick_device, score_table
 from degradations import degradation
-from photographs import bundled, load_folder
+from folders import load_folder
+from photographs import bundled
 from rich.console import Console
 from scores import evaluate
 from tiles import restore

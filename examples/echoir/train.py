@@ -24,10 +24,11 @@ import torch
 import tyro
 from console import fail_plainly, pick_device, score_table
 from degradations import Task, degradation
+from folders import load_folder
 from model import PRESETS, EchoIR
 from objectives import Lower, objectives
 from patches import PatchSampler
-from photographs import Split, bundled, load_folder, split
+from photographs import Split, bundled, split
 from picture import save_grid
 from rich.console import Console
 from run import Interrupted, Run

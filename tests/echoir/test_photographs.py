@@ -2,15 +2,10 @@ import numpy as np
 import pytest
 import torch
 from degradations import degradation
+from folders import load_folder
+from pairs import match_pairs
 from patches import PatchSampler
-from photographs import (
-    Photograph,
-    bundled,
-    list_images,
-    load_folder,
-    match_pairs,
-    split,
-)
+from photographs import Photograph, bundled, list_images, split
 from scenes import save, scene
 
 CPU = torch.device("cpu")
