@@ -93,13 +93,6 @@ def test_input_and_target_of_a_pair_are_cut_alike():
     assert torch.allclose(batch.input - batch.target, torch.tensor(10 / 255))
 
 
-def test_noise_is_neither_clipped_nor_rounded_and_has_its_sigma():
-    white = np.ones((100, 100, 3), np.float32)
-    noisy = degradation("denoise", 25.0)(white, np.random.default_rng(0))
-    assert noisy.max() > 1
-    assert (noisy - white).std() * 255 == pytest.approx(25, rel=0.02)
-
-
 @pytest.mark.parametrize("task", ["derain", "deblur"])
 def test_degradations_do_harm_and_keep_the_range(task):
     clean = scene(np.random.default_rng(0), 64, 64).astype(np.float32) / 255
@@ -107,12 +100,6 @@ def test_degradations_do_harm_and_keep_the_range(task):
     assert harmed.shape == clean.shape
     assert harmed.dtype == np.float32
     assert 0.01 < np.abs(harmed - clean).mean() < 0.3
-
-
-def test_a_motion_kernel_keeps_a_constant():
-    gray = np.full((64, 64, 3), 0.5, np.float32)
-    blurred = degradation("deblur", 25.0)(gray, np.random.default_rng(0))
-    assert blurred.mean() == pytest.approx(0.5, abs=1e-3)
 
 
 def test_missing_and_empty_folders(tmp_path):
@@ -159,7 +146,9 @@ def test_patch_larger_than_a_photograph(folder):
 
 
 def test_unknown_task_and_negative_noise():
-    with pytest.raises(ValueError, match=r"one of denoise, derain, deblur\. Got 'dehaze'"):
+    with pytest.raises(
+        ValueError, match=r"one of denoise, denoise-raw, derain, deblur\. Got 'dehaze'"
+    ):
         degradation("dehaze", 25.0)
-    with pytest.raises(ValueError, match=r"sigma >= 0\. Got sigma=-1"):
+    with pytest.raises(ValueError, match=r"sigma >= 0, .* Got sigma=-1"):
         degradation("denoise", -1.0)
