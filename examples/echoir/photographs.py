@@ -137,7 +137,8 @@ def image_size(path: Path) -> tuple[int, int]:
         with Image.open(path) as image:
             width, height = image.size
             # A PNG has its EXIF data behind the pixels, where looking for them would decode all.
-            known = image.format != "PNG" or "exif" in image.info
+            # Pillow has turned the size of a TIFF already.
+            known = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
             turned = known and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
             return (width, height) if turned else (height, width)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:

@@ -162,7 +162,9 @@ def layer(**changes):
 def test_streaks_cover_what_they_should_and_fall_as_they_should():
     sparse = layer(cover=0.02).streaks((300, 300), rng())
     assert (sparse > 0.1).mean() == pytest.approx(0.02, rel=0.25)
-    assert sparse.mean() == pytest.approx(0.02 * 0.5, rel=0.25)  # what is covered, by the brightness
+    assert sparse.mean() == pytest.approx(
+        0.02 * 0.5, rel=0.25
+    )  # what is covered, by the brightness
     down = np.abs(np.diff(sparse, axis=0)).mean()
     across = np.abs(np.diff(sparse, axis=1)).mean()
     assert down < across / 4

@@ -1,3 +1,4 @@
+import folders
 import numpy as np
 import pytest
 import torch
@@ -5,7 +6,8 @@ from degradations import degradation
 from folders import load_folder
 from pairs import match_pairs
 from patches import PatchSampler
-from photographs import Photograph, bundled, list_images, split
+from photographs import Photograph, Unread, bundled, image_size, list_images, load_image, split
+from PIL import Image
 from scenes import save, scene
 
 CPU = torch.device("cpu")
@@ -78,6 +80,49 @@ def test_batches_are_a_pure_function_of_the_key(folder, task):
     assert not torch.equal(a.target, other.target)
     assert a.input.shape == (3, 3, 16, 16)
     assert a.input.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("task", ["denoise", "denoise-raw", "derain", "deblur"])
+def test_batches_are_the_same_from_memory_and_from_disk(folder, task, monkeypatch):
+    memory = load_folder(folder)
+    monkeypatch.setattr(folders, "IN_MEMORY", 0)
+    disk = load_folder(folder)
+    assert all(isinstance(source, Photograph) for source in memory)
+    assert all(isinstance(source, Unread) for source in disk)
+    for key in range(3):
+        a, b = (sampler(sources, task).batch(3, 0, key) for sources in (memory, disk))
+        assert torch.equal(a.input, b.input)
+        assert torch.equal(a.target, b.target)
+
+
+def test_what_is_read_from_disk_is_not_kept(folder, monkeypatch):
+    monkeypatch.setattr(folders, "IN_MEMORY", 0)
+    reads = []
+    monkeypatch.setattr(
+        folders, "load_image", lambda path: (reads.append(path.name), load_image(path))[1]
+    )
+    patches = sampler(load_folder(folder))
+    assert reads == []
+    patches.batch(4, 0)
+    patches.batch(4, 0)
+    assert len(reads) == 8
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_the_head_of_a_file_tells_the_size_of_the_upright_image(suffix, orientation, tmp_path):
+    path = tmp_path / f"a.{suffix}"
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(scene(np.random.default_rng(0), 20, 30)).save(path, exif=exif)
+    assert image_size(path) == load_image(path).shape[:2]
+    assert image_size(path) == ((30, 20) if orientation >= 5 else (20, 30))
+
+
+def test_a_size_that_the_head_does_not_tell(tmp_path):
+    image = np.zeros((8, 9, 3), np.uint8)
+    with pytest.raises(ValueError, match=r"a must have the size .* \(8, 8\)\. Got \(8, 9\)"):
+        Unread("a", (8, 8), lambda: image).read()
 
 
 def test_patches_come_from_where_the_gradients_are():
