@@ -4,7 +4,7 @@
 |---|---|
 | `FOLDER/*.png` | clean photographs of one's own, to be degraded synthetically |
 | `FOLDER/{input,target}/*.png` | Rain13K, and pairs of one's own; other names below |
-| `FOLDER/SCENE/{blur,sharp}/*.png` | GoPro: `GOPRO_Large/train` |
+| `FOLDER/SCENE/{blur,sharp}/*.png` | GoPro: `GOPRO_Large/train`; what crops.py writes |
 | `FOLDER/Data/SCENE/*_{NOISY,GT}_SRGB_*.PNG` | SIDD: `SIDD_Medium_Srgb` |
 | a text file of lines `TARGET INPUT` | RealBlur: `RealBlur_J_train_list.txt` |
 
@@ -12,6 +12,7 @@ A folder that is too large for the memory is read as its photographs are needed.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -29,12 +30,27 @@ def load_folder(folder: Path) -> list[Source]:
     Raises:
         ValueError: if the folder holds none, or pairs that do not match.
     """
+    return read_if_small(_pairs(folder) or [alone(path) for path in list_images(folder)])
+
+
+def find_pairs(folder: Path) -> list[Unread]:
+    """The pairs of a folder, or of a list.
+
+    Raises:
+        ValueError: if there are none, or they do not match.
+    """
+    if found := _pairs(folder):
+        return found
+    raise ValueError(
+        f"The data must hold pairs in one of the layouts of folders.py. Got none in {folder}. Name the "
+        "folder that holds e.g. input and target."
+    )
+
+
+def _pairs(folder: Path) -> list[Unread]:
     if folder.is_file():
-        return read_if_small(listed(folder))
-    for find in (subfolders, scenes, phones):
-        if found := find(folder):
-            return read_if_small(found)
-    return read_if_small([alone(path) for path in list_images(folder)])
+        return listed(folder)
+    return subfolders(folder) or scenes(folder) or phones(folder)
 
 
 def subfolders(folder: Path) -> list[Unread]:
@@ -53,12 +69,13 @@ def subfolders(folder: Path) -> list[Unread]:
 
 def scenes(folder: Path) -> list[Unread]:
     """The pairs of `folder/SCENE/{blur,sharp}`, as GoPro has them; scenes stay whole in a split."""
-    found = []
-    for scene in sorted(path.parent for path in folder.glob("*/blur")):
-        pairs = match_pairs(list_images(scene / "blur"), list_images(scene / "sharp"))
-        for degraded, clean in pairs:
-            found.append(pair(degraded, clean, f"{scene.name}/{degraded.name}", scene.name))
-    return found
+    if not folder.is_dir():
+        return []
+    return [
+        replace(found, name=f"{scene.name}/{found.name}", scene=scene.name)
+        for scene in sorted(path for path in folder.iterdir() if path.is_dir())
+        for found in subfolders(scene)
+    ]
 
 
 def phones(folder: Path) -> list[Unread]:

@@ -1,10 +1,11 @@
 """Batches of patches, each a pure function of the seed and the step: a resumed run sees the same.
 
 Patches are drawn where the gradients are: a patch of sky teaches little. A photograph that is yet
-on disk is read when it is drawn from: twenty milliseconds for one of 500 x 500 pixels and its input.
+on disk is read when it is drawn from, several at a time.
 """
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,9 @@ import torch
 from degradations import MARGIN, Degradation
 from photographs import Photograph, Source
 from torch import Tensor
+
+STRIDE = 8  # pixels between two sites of a patch
+READERS = 8  # threads that read photographs from disk
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,9 @@ class PatchSampler:
             for i, photograph in enumerate(photographs)
             if isinstance(photograph, Photograph)
         }
+        # Decoding releases the interpreter's lock; what is in memory needs no second thread.
+        unread = len(self.densities) < len(photographs)
+        self.map = ThreadPoolExecutor(READERS).map if unread else map
         areas = np.array([p.size[0] * p.size[1] for p in photographs], float)
         self.shares = areas / areas.sum()
 
@@ -65,7 +72,8 @@ class PatchSampler:
         """The batch of a key, e.g. (seed, step, level): equal keys give equal batches."""
         rng = np.random.default_rng(key)
         chosen = rng.choice(len(self.photographs), count, p=self.shares)
-        pairs = [self._draw(int(i), rng) for i in chosen]
+        # Each patch has a generator of its own, so that they may be drawn in any order.
+        pairs = self.map(self._draw, chosen.tolist(), rng.spawn(count))
         inputs, targets = zip(*pairs, strict=True)
         return Patches(self._tensor(inputs), self._tensor(targets))
 
@@ -73,8 +81,11 @@ class PatchSampler:
         photograph = self.photographs[index].read()
         known = self.densities.get(index)
         density = _density(photograph.target, self.size) if known is None else known
-        columns = photograph.target.shape[1] - self.size + 1
-        top, left = divmod(int(np.searchsorted(density, rng.random() * density[-1])), columns)
+        site = np.searchsorted(density, rng.random() * density[-1])
+        (height, width), columns = photograph.size, (photograph.size[1] - self.size) // STRIDE + 1
+        down, right = rng.integers(STRIDE, size=2)
+        top = min(int(site) // columns * STRIDE + int(down), height - self.size)
+        left = min(int(site) % columns * STRIDE + int(right), width - self.size)
         turns, mirror = int(rng.integers(4)), bool(rng.integers(2))
 
         def patch(image: np.ndarray, top: int, left: int, *, margin: int = 0) -> np.ndarray:
@@ -102,12 +113,24 @@ class PatchSampler:
 
 
 def _density(image: np.ndarray, size: int) -> np.ndarray:
-    """The running sum, over all positions of a patch, of the gradient energy within it."""
-    gray = image.astype(np.float64).mean(-1)
-    energy = np.abs(np.diff(gray, axis=0))[:, :-1] + np.abs(np.diff(gray, axis=1))[:-1]
-    energy = np.pad(energy, ((1, 1), (1, 1)))  # (H + 1, W + 1): a leading zero for the sums below
-    total = energy.cumsum(0).cumsum(1)
+    """The running sum, over the sites of a patch, of the gradient energy within it.
+
+    Sites are eight pixels apart, and a patch is shifted at random by up to seven: a photograph from
+    disk is looked at for a single patch, and this is ten times as fast as every place by itself.
+    """
+    height, width = image.shape[:2]
+    green = image[..., 1].astype(np.int16)  # most of what the eye sees as light
+    energy = np.zeros([-(-length // STRIDE) * STRIDE for length in (height, width)], np.int16)
+    energy[: height - 1, : width - 1] = np.abs(np.diff(green, axis=0))[:, :-1]
+    energy[: height - 1, : width - 1] += np.abs(np.diff(green, axis=1))[:-1]
+    blocks = energy.reshape(energy.shape[0] // STRIDE, STRIDE, -1, STRIDE).sum((1, 3))
+    total = np.pad(blocks, ((1, 0), (1, 0))).cumsum(0).cumsum(1)
+    reach = -(-size // STRIDE)
+    rows, columns = ((length - size) // STRIDE + 1 for length in (height, width))
     inside = (
-        total[size:, size:] - total[:-size, size:] - total[size:, :-size] + total[:-size, :-size]
-    )
+        total[reach:, reach:]
+        - total[:-reach, reach:]
+        - total[reach:, :-reach]
+        + total[:-reach, :-reach]
+    )[:rows, :columns]
     return (inside.ravel() + 1e-3).cumsum()  # a flat photograph is drawn from evenly

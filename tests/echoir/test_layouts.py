@@ -1,3 +1,4 @@
+import crops
 import numpy as np
 import pytest
 from folders import load_folder
@@ -173,3 +174,32 @@ def test_no_more_is_held_out_than_can_be_looked_at():
     test = split(few_scenes, validation=0.5, seed=0).test
     assert 20 <= len(test) <= 24
     assert len({source.scene for source in test}) == 1
+
+
+def test_crops_cover_their_images_and_keep_scenes_together(tmp_path):
+    made = gopro("train")(tmp_path)
+    train = tmp_path / "GOPRO_Large" / "train"
+    crops.main(crops.Arguments(train, tmp_path / "crops", size=32, overlap=8))
+    found = load_folder(tmp_path / "crops")
+    assert len(found) == 4 * len(made)  # 40 x 48 in crops of 32 x 32
+    assert {source.scene for source in found} == {"GOPR0384_11_00", "GOPR0385_11_01"}
+    for name, degraded, clean in made:
+        again = np.zeros_like(clean), np.zeros_like(clean)
+        prefix = name.replace("/", "-").replace(".", "-")
+        for source in found:
+            stem = source.name.split("/")[1]
+            if stem.startswith(prefix):
+                top, left = map(int, stem.removesuffix(".png").split("-at-")[1].split("-"))
+                for whole, crop in zip(again, (source.input, source.target), strict=True):
+                    whole[top : top + 32, left : left + 32] = crop
+        assert np.array_equal(again[0], degraded)
+        assert np.array_equal(again[1], clean)
+    with pytest.raises(ValueError, match="must not exist"):
+        crops.main(crops.Arguments(train, tmp_path / "crops"))
+    with pytest.raises(ValueError, match=r"must hold pairs .* Got none in"):
+        crops.main(crops.Arguments(tmp_path / "GOPRO_Large", tmp_path / "others"))
+
+
+def test_crops_must_be_larger_than_their_overlap(tmp_path):
+    with pytest.raises(ValueError, match=r"less than their size\. Got --size 32, --overlap 32"):
+        crops.main(crops.Arguments(tmp_path, tmp_path / "crops", size=32, overlap=32))

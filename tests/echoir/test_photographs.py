@@ -5,7 +5,7 @@ import torch
 from degradations import degradation
 from folders import load_folder
 from pairs import match_pairs
-from patches import PatchSampler
+from patches import PatchSampler, _density
 from photographs import Photograph, Unread, bundled, image_size, list_images, load_image, split
 from PIL import Image
 from scenes import save, scene
@@ -130,6 +130,32 @@ def test_patches_come_from_where_the_gradients_are():
     image[40:60, 40:60] = np.random.default_rng(0).integers(0, 255, (20, 20, 3))
     target = sampler([Photograph("half flat", image)]).batch(64, 0).target
     assert (target.flatten(1).std(1) > 0.01).float().mean() > 0.95
+
+
+def test_the_density_of_patches_is_the_gradient_energy_within_each():
+    image = np.random.default_rng(0).integers(0, 255, (61, 77, 3)).astype(np.uint8)
+    green = image[..., 1].astype(int)
+    energy = np.zeros((64, 80))
+    energy[:60, :76] = np.abs(np.diff(green, axis=0))[:, :76] + np.abs(np.diff(green, axis=1))[:60]
+    # 20 pixels from a site on touch three blocks of 8.
+    expected = [
+        energy[top : top + 24, left : left + 24].sum() + 1e-3
+        for top in range(0, 61 - 20 + 1, 8)
+        for left in range(0, 77 - 20 + 1, 8)
+    ]
+    assert np.allclose(np.diff(_density(image, 20), prepend=0), expected)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (17, 40), (23, 31), (24, 24)])
+def test_patches_reach_every_border(size):
+    row, column = np.mgrid[: size[0], : size[1]]
+    image = np.stack([row, column, row], -1).astype(np.uint8)
+    patches = sampler([Photograph("position", image)])
+    targets = (patches.batch(400, 0).target * 255).round().int()
+    assert targets[:, 0].min() == 0
+    assert targets[:, 0].max() == size[0] - 1
+    assert targets[:, 1].min() == 0
+    assert targets[:, 1].max() == size[1] - 1
 
 
 def test_input_and_target_of_a_pair_are_cut_alike():
