@@ -7,9 +7,11 @@ from align import homography
 from numpy.lib.stride_tricks import sliding_window_view
 from protocols import on_aligned, on_luma, on_rgb
 from scenes import scene
+from scipy import ndimage
 from scipy.ndimage import gaussian_filter, map_coordinates
 from scores import luma, psnr, ssim
 from skimage import metrics
+from skimage.data import coffee
 
 
 def noisy_pair(height=50, width=60, seed=0):
@@ -122,6 +124,27 @@ def test_alignment_undoes_a_shift_and_a_brightness():
     assert before < 25
     # The brightness is set before the shift is known, as in the published code: this bounds it.
     assert after > before + 8
+
+
+@pytest.mark.parametrize(
+    ("shift", "blur", "expected"),
+    [
+        ((0.6, -1.3), 0.7, (32.6259, 0.92458)),
+        ((0.0, 0.0), 1.5, (27.6761, 0.82995)),
+        ((-2.4, 0.9), 1.0, (30.3570, 0.89052)),
+    ],
+)
+def test_aligned_figures_equal_those_of_the_published_evaluation(shift, blur, expected):
+    # Expected: RealBlur's code with OpenCV 5.0, run on these images. OpenCV samples at 1/32 of a pixel.
+    image = coffee()[60:276, 150:406] / 255
+    moved = ndimage.shift(image, (*shift, 0), order=3, mode="mirror")
+    moved = gaussian_filter(moved, (blur, blur, 0))
+    moved += np.random.default_rng(0).normal(0, 0.01, moved.shape)
+    pair = (moved.clip(0, 1) * 255).round() / 255, image
+    first, second = (torch.from_numpy(i[8:-8, 8:-8].transpose(2, 0, 1).copy()) for i in pair)
+    measured = on_aligned(first, second)
+    assert measured.psnr == pytest.approx(expected[0], abs=0.003)
+    assert measured.ssim == pytest.approx(expected[1], abs=2e-4)
 
 
 def test_aligned_figures_are_means_over_the_known_pixels(monkeypatch):
