@@ -6,7 +6,7 @@ on disk is read when it is drawn from, several at a time.
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -35,8 +35,11 @@ class PatchSampler:
         size: height and width of a patch.
         device: of the batches.
 
+    A photograph that is a little smaller than a patch is mirrored at its right and lower border, as in
+    Restormer's training: Rain13K has images of 321 rows, and the paper's last patches have 336.
+
     Raises:
-        ValueError: if a photograph is smaller than a patch.
+        ValueError: if a photograph is smaller than half a patch.
     """
 
     def __init__(
@@ -47,19 +50,22 @@ class PatchSampler:
         device: torch.device,
     ):
         for photograph in photographs:
-            if min(photograph.size) < size:
+            if 2 * min(photograph.size) < size:
                 raise ValueError(
-                    f"A photograph must be at least as large as a patch ({size} x {size}). Got "
-                    f"{photograph.name} of size {photograph.size}. Take it out of the "
-                    "data, or ask for smaller patches."
+                    f"A photograph must be at least as large as a patch ({size} x {size}), or half as "
+                    f"large, to be mirrored. Got {photograph.name} of size {photograph.size}. Take it "
+                    "out of the data, or ask for smaller patches."
                 )
-        self.photographs = photographs
+        self.photographs = [
+            _extend(photograph, size) if isinstance(photograph, Photograph) else photograph
+            for photograph in photographs
+        ]
         self.degrade = degrade
         self.size = size
         self.device = device
         self.densities = {  # of those in memory, once and for all
             i: _density(photograph.target, size)
-            for i, photograph in enumerate(photographs)
+            for i, photograph in enumerate(self.photographs)
             if isinstance(photograph, Photograph)
         }
         # Decoding releases the interpreter's lock; what is in memory needs no second thread.
@@ -78,7 +84,7 @@ class PatchSampler:
         return Patches(self._tensor(inputs), self._tensor(targets))
 
     def _draw(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        photograph = self.photographs[index].read()
+        photograph = _extend(self.photographs[index].read(), self.size)
         known = self.densities.get(index)
         density = _density(photograph.target, self.size) if known is None else known
         site = np.searchsorted(density, rng.random() * density[-1])
@@ -110,6 +116,19 @@ class PatchSampler:
         """Stacks (P, P, 3) images to (B, 3, P, P), channels last in memory as convolutions like it."""
         stack = np.ascontiguousarray(np.stack(images))  # turned patches may come in another order
         return torch.from_numpy(stack).permute(0, 3, 1, 2).to(self.device)
+
+
+def _extend(photograph: Photograph, size: int) -> Photograph:
+    """Mirrors a photograph at its right and lower border until it is as large as a patch."""
+    if min(photograph.size) >= size:
+        return photograph
+    lack = [(0, max(size - length, 0)) for length in photograph.size]
+    images = (photograph.target, photograph.input)
+    target, degraded = (
+        None if image is None else np.pad(image, [*lack, (0, 0)], mode="symmetric")
+        for image in images
+    )
+    return replace(photograph, target=target, input=degraded)
 
 
 def _density(image: np.ndarray, size: int) -> np.ndarray:

@@ -212,8 +212,26 @@ def test_too_few_photographs():
 
 
 def test_patch_larger_than_a_photograph(folder):
-    with pytest.raises(ValueError, match=r"at least as large as a patch \(61 x 61\). Got photo0"):
-        PatchSampler(load_folder(folder), degradation("denoise", 25.0), 61, CPU)
+    with pytest.raises(ValueError, match=r"as a patch \(121 x 121\), or half .* Got photo0.png"):
+        PatchSampler(load_folder(folder), degradation("denoise", 25.0), 121, CPU)
+
+
+def test_a_photograph_a_little_smaller_than_a_patch_is_mirrored(monkeypatch, tmp_path):
+    clean = np.random.default_rng(0).integers(0, 255, (20, 40, 3)).astype(np.uint8)
+    save(tmp_path / "input" / "1.png", clean // 2)
+    save(tmp_path / "target" / "1.png", clean)
+    batches = []
+    for limit in (folders.IN_MEMORY, 0):
+        monkeypatch.setattr(folders, "IN_MEMORY", limit)
+        patches = PatchSampler(load_folder(tmp_path), degradation("denoise", 25.0), 32, CPU)
+        batches.append(patches.batch(4, 0))
+    assert torch.equal(batches[0].target, batches[1].target)
+    assert torch.equal((batches[0].target * 255).int() // 2, (batches[0].input * 255).round().int())
+    mirrored = np.concatenate([clean, clean[:-13:-1]])  # 32 rows
+    first = (batches[0].target[0] * 255).round().byte().permute(1, 2, 0).numpy()
+    turned = [np.rot90(side, k) for side in (first, first[:, ::-1]) for k in range(4)]
+    places = [mirrored[:, left : left + 32] for left in range(9)]
+    assert any(np.array_equal(t, place) for t in turned for place in places)
 
 
 def test_unknown_task_and_negative_noise():
