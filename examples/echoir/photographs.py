@@ -1,20 +1,15 @@
-"""Photographs: those that come with installed packages, or a folder of one's own, split by whole images.
+"""Photographs: read, or yet on disk; those that come with packages; the split by whole images."""
 
-A folder holds either clean photographs, to be degraded synthetically, or pairs in two subfolders:
-one of `input, rain, rainy, blur, lq, noisy` and one of `target, gt, norain, sharp, clean, hq`.
-"""
-
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from pairs import natural
+from PIL import ExifTags, Image, ImageOps
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
-INPUTS = ("input", "rain", "rainy", "blur", "lq", "noisy")
-TARGETS = ("target", "gt", "norain", "sharp", "clean", "hq")
+TESTED = 24  # photographs held out at most: they are looked at while training goes on
 
 Image.MAX_IMAGE_PIXELS = (
     200_000_000  # a 200-megapixel photograph is real, a larger one is an attack
@@ -47,14 +42,61 @@ class Photograph:
     input: np.ndarray | None = None
     scene: str = ""
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.target.shape[:2]
+
+    def read(self) -> "Photograph":
+        """Itself, for it has been read."""
+        return self
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A photograph on disk, which is read each time it is needed.
+
+    Attributes:
+        name: as of `Photograph`.
+        size: height and width.
+        target: reads the clean image.
+        input: reads the degraded one, or is None if it is to be synthesized.
+        scene: as of `Photograph`.
+    """
+
+    name: str
+    size: tuple[int, int]
+    target: Callable[[], np.ndarray]
+    input: Callable[[], np.ndarray] | None = None
+    scene: str = ""
+
+    def read(self) -> Photograph:
+        """The photograph.
+
+        Raises:
+            ValueError: as `load_image` does, or if an image has another size than its file's head
+                says.
+        """
+        images = [load() for load in (self.target, self.input) if load is not None]
+        for image in images:
+            if image.shape[:2] != self.size:
+                raise ValueError(
+                    f"{self.name} must have the size that the head of its file says, {self.size}. "
+                    f"Got {image.shape[:2]}. Save it anew: a viewer's turn may stand in its EXIF data."
+                )
+        return Photograph(self.name, *images, scene=self.scene)
+
+
+Source = Photograph | Unread
+
 
 @dataclass(frozen=True)
 class Split:
     """Disjoint sets of whole photographs: D_tr, D_val, and those that no training step sees."""
 
-    train: tuple[Photograph, ...]
-    validation: tuple[Photograph, ...]
-    test: tuple[Photograph, ...]
+    train: tuple[Source, ...]
+    validation: tuple[Source, ...]
+    test: tuple[Source, ...]
 
 
 def bundled() -> Split:
@@ -82,10 +124,32 @@ def load_image(path: Path) -> np.ndarray:
             image.load()  # `open` alone accepts a truncated file
             return np.array(ImageOps.exif_transpose(image).convert("RGB"))  # upright
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"An input image must be readable as a whole. Got {path}: {error}. "
-            "Replace the file or take it out of the folder."
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Height and width as `load_image` would have them, from the head of the file alone.
+
+    Raises:
+        ValueError: if the file is not an image.
+    """
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            # A PNG has its EXIF data behind the pixels, where looking for them would decode all.
+            # Pillow has turned the size of a TIFF already.
+            known = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
+            turned = known and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            return (width, height) if turned else (height, width)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"An input image must be readable as a whole. Got {path}: {error}. "
+        "Replace the file or take it out of the folder."
+    )
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -102,69 +166,16 @@ def list_images(folder: Path) -> list[Path]:
             f"A data folder must hold images ({', '.join(sorted(SUFFIXES))}). Got none in {folder}. "
             "Name the folder that holds the files themselves."
         )
-    return sorted(paths, key=_natural)
+    return sorted(paths, key=natural)
 
 
-def load_folder(folder: Path) -> list[Photograph]:
-    """The photographs of a folder, as pairs where it has an input and a target subfolder."""
-    inputs = [folder / name for name in INPUTS if (folder / name).is_dir()]
-    targets = [folder / name for name in TARGETS if (folder / name).is_dir()]
-    if not inputs and not targets:
-        return [Photograph(p.name, load_image(p), scene=p.name) for p in list_images(folder)]
-    if len(inputs) != 1 or len(targets) != 1:
-        raise ValueError(
-            f"A folder of pairs must hold one of {', '.join(INPUTS)} and one of {', '.join(TARGETS)}."
-            f" Got {[p.name for p in inputs + targets]} in {folder}. Rename or remove subfolders."
-        )
-    photographs = []
-    for degraded, clean in match_pairs(list_images(inputs[0]), list_images(targets[0])):
-        photograph = Photograph(degraded.name, load_image(clean), load_image(degraded), clean.name)
-        if photograph.input.shape != photograph.target.shape:
-            raise ValueError(
-                "The two images of a pair must have one size. Got "
-                f"{degraded}: {photograph.input.shape[:2]}, {clean}: {photograph.target.shape[:2]}."
-                " Crop or replace one of them."
-            )
-        photographs.append(photograph)
-    return photographs
-
-
-def match_pairs(inputs: Sequence[Path], targets: Sequence[Path]) -> list[tuple[Path, Path]]:
-    """Finds the target of each input: the same stem, or the same after public data sets' affixes.
-
-    Those are `rain-` and `norain-` (Rain100), `xN` (its scales) and `_1` to `_14` (Rain1400, where
-    14 inputs share a target).
-
-    Raises:
-        ValueError: if an input has no target or several, or a target no input.
-    """
-    exact = {path.stem: path for path in targets}
-    loose: dict[str, list[Path]] = {}
-    for path in targets:
-        loose.setdefault(_bare(path), []).append(path)
-    pairs = []
-    for path in inputs:
-        found = [exact[path.stem]] if path.stem in exact else loose.get(_bare(path), [])
-        if len(found) != 1:
-            raise ValueError(
-                f"Every input must have exactly one target of the same name. Got {len(found)} for "
-                f"{path} ({len(inputs)} inputs, {len(targets)} targets). Rename or remove it."
-            )
-        pairs.append((path, found[0]))
-    if lonely := set(targets) - {target for _, target in pairs}:
-        raise ValueError(
-            f"Every target must have an input of the same name. Got none for {min(lonely)} "
-            f"({len(inputs)} inputs, {len(targets)} targets). Rename or remove it."
-        )
-    return pairs
-
-
-def split(photographs: Sequence[Photograph], *, validation: float, seed: int) -> Split:
+def split(photographs: Sequence[Source], *, validation: float, seed: int) -> Split:
     """Splits photographs into D_tr, D_val and test, by scene: no two sets share one.
 
     Args:
         photographs: what there is.
-        validation: share of D_val in what is left after the test set, a tenth.
+        validation: share of D_val in what is left after the test set, a tenth of the scenes but no
+            more than 24, and no more than 24 photographs of them.
         seed: of the shuffle.
 
     Raises:
@@ -177,22 +188,14 @@ def split(photographs: Sequence[Photograph], *, validation: float, seed: int) ->
             f"whole ones. Got {len(scenes)}. Add photographs to the folder."
         )
     shuffled = [scenes[i] for i in np.random.default_rng(seed).permutation(len(scenes))]
-    tested = max(1, len(scenes) // 10)
+    tested = min(max(1, len(scenes) // 10), TESTED)
     rest = len(scenes) - tested
     held = tested + min(max(1, round(validation * rest)), rest - 1)
 
-    def of(chosen: Sequence[str]) -> tuple[Photograph, ...]:
-        return tuple(p for p in photographs if p.scene in chosen)
+    def of(chosen: Sequence[str]) -> tuple[Source, ...]:
+        names = set(chosen)
+        return tuple(p for p in photographs if p.scene in names)
 
-    return Split(of(shuffled[held:]), of(shuffled[tested:held]), of(shuffled[:tested]))
-
-
-def _natural(path: Path) -> list[tuple[int, str]]:
-    """Sorts digits as numbers and the rest as text."""
-    parts = re.split(r"(\d+)", path.name)
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
-
-
-def _bare(path: Path) -> str:
-    stem = re.sub(r"^(no)?rain-", "", path.stem)
-    return re.sub(r"(x\d+|_([1-9]|1[0-4]))$", "", stem)
+    test = of(shuffled[:tested])
+    test = test[:: -(-len(test) // TESTED)]  # evenly, where a scene has many
+    return Split(of(shuffled[held:]), of(shuffled[tested:held]), test)

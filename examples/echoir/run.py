@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 from checkpoint import Checkpoint, load, save
+from prefetch import prefetch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -82,7 +82,7 @@ class Run:
             first = bl.State(self.x0, self.y0)
             now = Checkpoint(first, _copy(first), 0.0)
         clock = _Clock(time.perf_counter() - now.seconds, seconds, steps)
-        batches = (self.batch(step) for step in count(now.state.step))
+        batches = prefetch(self.batch, now.state.step)
         states = bl.iterate(self.problem, self.solver(clock.done), batches=batches, **start)
         with (
             self._open_log(now.state.step) as log,

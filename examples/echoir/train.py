@@ -23,11 +23,12 @@ from typing import Literal
 import torch
 import tyro
 from console import fail_plainly, pick_device, score_table
-from degradations import Task, degradation
+from degradations import Task, degradation, one_sigma
+from folders import load_folder
 from model import PRESETS, EchoIR
 from objectives import Lower, objectives
 from patches import PatchSampler
-from photographs import Split, bundled, load_folder, split
+from photographs import Split, bundled, split
 from picture import save_grid
 from rich.console import Console
 from run import Interrupted, Run
@@ -52,9 +53,11 @@ class Arguments:
 
     Attributes:
         task: what to undo; for other degradations give pairs by --data.
-        sigma: noise of the denoising task, in units of 1 / 255.
-        data: folder of clean images, or of pairs (subfolders input and target); the photographs
-            that come with scikit-image and scikit-learn, if none is given.
+        sigma: noise of the denoising task, in units of 1 / 255; two numbers train a blind denoiser,
+            for all between them.
+        data: folder of clean images, or of pairs (subfolders input and target, or as GoPro, SIDD and
+            RealBlur have them: see folders.py); the photographs that come with scikit-image and
+            scikit-learn, if none is given.
         output: folder for all that is written.
         preset: size of the network.
         lower: what the lower level minimizes.
@@ -80,7 +83,7 @@ class Arguments:
     """
 
     task: Task = "denoise"
-    sigma: float = 25.0
+    sigma: float | tuple[float, float] = 25.0
     data: Path | None = None
     output: Path = Path("runs/echoir")
     preset: Literal[tuple(PRESETS)] = "cpu"  # type: ignore[valid-type]
@@ -231,7 +234,7 @@ def main(arguments: Arguments, console: Console):
     torch.set_num_threads(a.threads)
     device = pick_device(a.device)
     data = load_split(a)
-    degrade = degradation(a.task, a.sigma)
+    degrade = degradation(a.task, one_sigma(a.sigma))
     net = new_network(a, device)
 
     def restored(state: bl.State, crop: int | None = None) -> list[Result]:

@@ -1,16 +1,13 @@
+import folders
 import numpy as np
 import pytest
 import torch
 from degradations import degradation
-from patches import PatchSampler
-from photographs import (
-    Photograph,
-    bundled,
-    list_images,
-    load_folder,
-    match_pairs,
-    split,
-)
+from folders import load_folder
+from pairs import match_pairs
+from patches import PatchSampler, _density
+from photographs import Photograph, Unread, bundled, image_size, list_images, load_image, split
+from PIL import Image
 from scenes import save, scene
 
 CPU = torch.device("cpu")
@@ -85,6 +82,49 @@ def test_batches_are_a_pure_function_of_the_key(folder, task):
     assert a.input.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("task", ["denoise", "denoise-raw", "derain", "deblur"])
+def test_batches_are_the_same_from_memory_and_from_disk(folder, task, monkeypatch):
+    memory = load_folder(folder)
+    monkeypatch.setattr(folders, "IN_MEMORY", 0)
+    disk = load_folder(folder)
+    assert all(isinstance(source, Photograph) for source in memory)
+    assert all(isinstance(source, Unread) for source in disk)
+    for key in range(3):
+        a, b = (sampler(sources, task).batch(3, 0, key) for sources in (memory, disk))
+        assert torch.equal(a.input, b.input)
+        assert torch.equal(a.target, b.target)
+
+
+def test_what_is_read_from_disk_is_not_kept(folder, monkeypatch):
+    monkeypatch.setattr(folders, "IN_MEMORY", 0)
+    reads = []
+    monkeypatch.setattr(
+        folders, "load_image", lambda path: (reads.append(path.name), load_image(path))[1]
+    )
+    patches = sampler(load_folder(folder))
+    assert reads == []
+    patches.batch(4, 0)
+    patches.batch(4, 0)
+    assert len(reads) == 8
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_the_head_of_a_file_tells_the_size_of_the_upright_image(suffix, orientation, tmp_path):
+    path = tmp_path / f"a.{suffix}"
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(scene(np.random.default_rng(0), 20, 30)).save(path, exif=exif)
+    assert image_size(path) == load_image(path).shape[:2]
+    assert image_size(path) == ((30, 20) if orientation >= 5 else (20, 30))
+
+
+def test_a_size_that_the_head_does_not_tell(tmp_path):
+    image = np.zeros((8, 9, 3), np.uint8)
+    with pytest.raises(ValueError, match=r"a must have the size .* \(8, 8\)\. Got \(8, 9\)"):
+        Unread("a", (8, 8), lambda: image).read()
+
+
 def test_patches_come_from_where_the_gradients_are():
     image = np.full((64, 64, 3), 100, np.uint8)
     image[40:60, 40:60] = np.random.default_rng(0).integers(0, 255, (20, 20, 3))
@@ -92,17 +132,36 @@ def test_patches_come_from_where_the_gradients_are():
     assert (target.flatten(1).std(1) > 0.01).float().mean() > 0.95
 
 
+def test_the_density_of_patches_is_the_gradient_energy_within_each():
+    image = np.random.default_rng(0).integers(0, 255, (61, 77, 3)).astype(np.uint8)
+    green = image[..., 1].astype(int)
+    energy = np.zeros((64, 80))
+    energy[:60, :76] = np.abs(np.diff(green, axis=0))[:, :76] + np.abs(np.diff(green, axis=1))[:60]
+    # 20 pixels from a site on touch three blocks of 8.
+    expected = [
+        energy[top : top + 24, left : left + 24].sum() + 1e-3
+        for top in range(0, 61 - 20 + 1, 8)
+        for left in range(0, 77 - 20 + 1, 8)
+    ]
+    assert np.allclose(np.diff(_density(image, 20), prepend=0), expected)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (17, 40), (23, 31), (24, 24)])
+def test_patches_reach_every_border(size):
+    row, column = np.mgrid[: size[0], : size[1]]
+    image = np.stack([row, column, row], -1).astype(np.uint8)
+    patches = sampler([Photograph("position", image)])
+    targets = (patches.batch(400, 0).target * 255).round().int()
+    assert targets[:, 0].min() == 0
+    assert targets[:, 0].max() == size[0] - 1
+    assert targets[:, 1].min() == 0
+    assert targets[:, 1].max() == size[1] - 1
+
+
 def test_input_and_target_of_a_pair_are_cut_alike():
     clean = np.random.default_rng(0).integers(0, 200, (40, 40, 3)).astype(np.uint8)
     batch = sampler([Photograph("pair", clean, clean + 10)]).batch(8, 0)
     assert torch.allclose(batch.input - batch.target, torch.tensor(10 / 255))
-
-
-def test_noise_is_neither_clipped_nor_rounded_and_has_its_sigma():
-    white = np.ones((100, 100, 3), np.float32)
-    noisy = degradation("denoise", 25.0)(white, np.random.default_rng(0))
-    assert noisy.max() > 1
-    assert (noisy - white).std() * 255 == pytest.approx(25, rel=0.02)
 
 
 @pytest.mark.parametrize("task", ["derain", "deblur"])
@@ -112,12 +171,6 @@ def test_degradations_do_harm_and_keep_the_range(task):
     assert harmed.shape == clean.shape
     assert harmed.dtype == np.float32
     assert 0.01 < np.abs(harmed - clean).mean() < 0.3
-
-
-def test_a_motion_kernel_keeps_a_constant():
-    gray = np.full((64, 64, 3), 0.5, np.float32)
-    blurred = degradation("deblur", 25.0)(gray, np.random.default_rng(0))
-    assert blurred.mean() == pytest.approx(0.5, abs=1e-3)
 
 
 def test_missing_and_empty_folders(tmp_path):
@@ -159,12 +212,32 @@ def test_too_few_photographs():
 
 
 def test_patch_larger_than_a_photograph(folder):
-    with pytest.raises(ValueError, match=r"at least as large as a patch \(61 x 61\). Got photo0"):
-        PatchSampler(load_folder(folder), degradation("denoise", 25.0), 61, CPU)
+    with pytest.raises(ValueError, match=r"as a patch \(121 x 121\), or half .* Got photo0.png"):
+        PatchSampler(load_folder(folder), degradation("denoise", 25.0), 121, CPU)
+
+
+def test_a_photograph_a_little_smaller_than_a_patch_is_mirrored(monkeypatch, tmp_path):
+    clean = np.random.default_rng(0).integers(0, 255, (20, 40, 3)).astype(np.uint8)
+    save(tmp_path / "input" / "1.png", clean // 2)
+    save(tmp_path / "target" / "1.png", clean)
+    batches = []
+    for limit in (folders.IN_MEMORY, 0):
+        monkeypatch.setattr(folders, "IN_MEMORY", limit)
+        patches = PatchSampler(load_folder(tmp_path), degradation("denoise", 25.0), 32, CPU)
+        batches.append(patches.batch(4, 0))
+    assert torch.equal(batches[0].target, batches[1].target)
+    assert torch.equal((batches[0].target * 255).int() // 2, (batches[0].input * 255).round().int())
+    mirrored = np.concatenate([clean, clean[:-13:-1]])  # 32 rows
+    first = (batches[0].target[0] * 255).round().byte().permute(1, 2, 0).numpy()
+    turned = [np.rot90(side, k) for side in (first, first[:, ::-1]) for k in range(4)]
+    places = [mirrored[:, left : left + 32] for left in range(9)]
+    assert any(np.array_equal(t, place) for t in turned for place in places)
 
 
 def test_unknown_task_and_negative_noise():
-    with pytest.raises(ValueError, match=r"one of denoise, derain, deblur\. Got 'dehaze'"):
+    with pytest.raises(
+        ValueError, match=r"one of denoise, denoise-raw, derain, deblur\. Got 'dehaze'"
+    ):
         degradation("dehaze", 25.0)
-    with pytest.raises(ValueError, match=r"sigma >= 0\. Got sigma=-1"):
+    with pytest.raises(ValueError, match=r"sigma >= 0, .* Got sigma=-1"):
         degradation("denoise", -1.0)

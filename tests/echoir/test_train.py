@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from scenes import EXAMPLE, save
 from train import command_line
+from weights import load_weights
 
 import bilevel as bl
 
@@ -88,11 +89,20 @@ def test_sigterm_saves_and_resume_goes_on_bit_for_bit(finished, tmp_path):
     assert [row["step"] for row in rows(log)] == [10, 20, 30]
 
 
+def test_a_blind_denoiser_is_trained_and_resumed(folder, tmp_path):
+    options = ["--sigma", "5", "50", "--steps", "2"]
+    command_line(command(folder, tmp_path, *options)[2:])
+    assert json.loads((tmp_path / "arguments.json").read_text())["sigma"] == [5.0, 50.0]
+    command_line(command(folder, tmp_path, "--resume")[2:])
+    assert load_weights(tmp_path / "weights.safetensors", CPU)[1]["sigma"] == [5.0, 50.0]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--steps", "0"], "`--steps` must be positive. Got 0"),
         (["--val-share", "1.5"], "above 0 and below 1. Got 1.5"),
+        (["--sigma", "50", "5"], "the lower first. Got sigma=(50.0, 5.0)"),
         (["--resume"], "must find a run to go on with"),
         (["--patch", "500"], "at least as large as a patch"),
         (["--device", "abacus"], "must name a device of this machine. Got 'abacus'"),
