@@ -38,8 +38,8 @@ scoreboard: $(STAMP)  ## Solve a folder of published problems (PROBLEMS=...), wr
 	@test -n "$(PROBLEMS)" || { echo "Name the folder of the problems: make scoreboard PROBLEMS=FOLDER"; exit 1; }
 	$(RUN) benchmarks/scoreboard.py $(PROBLEMS)
 
-test: $(STAMP)  ## Run the tests
-	$(RUN) -m pytest
+test: $(STAMP)  ## Run the tests, on as many cores as there are
+	$(RUN) -m pytest -n auto --maxprocesses 8
 
 fuzz: $(STAMP)  ## Run the property tests with fresh random examples, many of them
 	$(RUN) -m pytest -m hypothesis --hypothesis-profile=fuzz
