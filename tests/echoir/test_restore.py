@@ -1,6 +1,5 @@
 import subprocess
 import sys
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ from photographs import Photograph, load_image
 from PIL import Image
 from scenes import EXAMPLE, save, scene
 from scores import evaluate, luma, psnr, round8, score
-from tiles import restore, spans
 from weights import load_weights, save_weights
 
 CPU = torch.device("cpu")
@@ -25,38 +23,6 @@ def weights(tmp_path):
     path = tmp_path / "weights.safetensors"
     save_weights(path, EchoIR(TINY), ABOUT)
     return path
-
-
-@pytest.mark.parametrize("size", [(40, 40), (101, 77), (33, 190)])
-def test_tiles_cover_the_image_and_blend_to_one(size):
-    image = torch.rand(3, *size)
-    out = restore(torch.nn.Identity(), image, device=CPU, tile=40, overlap=12)
-    torch.testing.assert_close(out, image)
-
-
-def test_tiles_of_a_local_network_show_no_seam():
-    torch.manual_seed(0)
-    blur = torch.nn.Conv2d(3, 3, 9, padding=4)
-    image = torch.rand(3, 90, 75)
-    whole = restore(blur, image, device=CPU)
-    tiled = restore(blur, image, device=CPU, tile=48, overlap=16)
-    inside = (slice(None), slice(4, -4), slice(4, -4))
-    # Where two tiles meet, the worse one, near its own edge, has little weight.
-    assert (tiled - whole)[inside].abs().max() < 0.25 * (whole - whole.mean()).abs().max()
-    assert (tiled - whole)[inside].abs().mean() < 0.02 * whole.std()
-
-
-def test_spans_share_what_they_must():
-    for size in range(1, 300):
-        parts = spans(size, 40, 12)
-        assert parts[0][0] == 0
-        assert parts[-1][1] == size
-        assert all(b[0] <= a[1] - 12 for a, b in pairwise(parts))
-
-
-def test_tiles_that_cannot_overlap():
-    with pytest.raises(ValueError, match=r"at most half their size\. Got tile=16, overlap=9"):
-        restore(torch.nn.Identity(), torch.rand(3, 8, 8), device=CPU, tile=16, overlap=9)
 
 
 def test_weights_round_trip(weights):
