@@ -8,6 +8,7 @@ from degradations import degradation
 from model import EchoIR, EchoIRConfig
 from photographs import Photograph, load_image
 from PIL import Image
+from restore import Arguments, main
 from scenes import EXAMPLE, save, scene
 from scores import evaluate, luma, psnr, round8, score
 from weights import load_weights, save_weights
@@ -57,9 +58,9 @@ def test_restore_command_keeps_names_and_odd_sizes(weights, tmp_path):
     for name, (height, width) in sizes.items():
         save(tmp_path / "in" / name, scene(rng, height, width))
     save(tmp_path / "c.jpg", scene(rng, 20, 21))
-    command = [sys.executable, EXAMPLE / "restore.py", tmp_path / "in", tmp_path / "c.jpg"]
+    words = [sys.executable, EXAMPLE / "restore.py", tmp_path / "in", tmp_path / "c.jpg"]
     options = ["--output", tmp_path / "out", "--weights", weights, "--tile", "32", "--overlap", "8"]
-    subprocess.run([*command, *options], check=True, capture_output=True)
+    subprocess.run([*words, *options], check=True, capture_output=True)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.png", "b.png", "c.jpg"]
     for name, size in sizes.items():
         assert load_image(tmp_path / "out" / name).shape == (*size, 3)
@@ -67,13 +68,72 @@ def test_restore_command_keeps_names_and_odd_sizes(weights, tmp_path):
         assert image.format == "JPEG"
 
 
-def test_restore_command_refuses_in_one_sentence(weights, tmp_path):
+def restored(weights, *inputs, **options):
+    inputs = tuple(str(path) for path in inputs)
+    main(Arguments(inputs, weights=weights, device="cpu", **options))
+
+
+def test_restore_refuses_to_replace_its_input(weights, tmp_path):
     save(tmp_path / "in" / "a.png", np.zeros((8, 8, 3), np.uint8))
-    command = [sys.executable, EXAMPLE / "restore.py", tmp_path / "in", "--weights", weights]
-    done = subprocess.run([*command, "--output", tmp_path / "in"], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "must not be the input's" in done.stderr
-    assert "Traceback" not in done.stderr
+    with pytest.raises(ValueError, match="must not replace an input"):
+        restored(weights, tmp_path / "in", output=tmp_path / "in")
+
+
+def test_restore_goes_on_after_a_broken_file(weights, tmp_path, capsys):
+    folder, out = tmp_path / "Äpfel und Birnen", tmp_path / "out put"
+    for name in ("a", "ö 1", "日本"):
+        save(folder / f"{name}.png", scene(np.random.default_rng(0), 20, 30))
+    content = (folder / "a.png").read_bytes()
+    (folder / "a.png").write_bytes(content[: len(content) // 2])
+    (out / "ö 1.png" / "in the way").mkdir(parents=True)
+    with pytest.raises(SystemExit) as stop:
+        restored(weights, folder / "*.png", output=out)
+    assert stop.value.code == 1
+    printed = capsys.readouterr()
+    assert "1 of 3 restored" in printed.out
+    assert "readable as a whole" in printed.err
+    assert f"Got {folder / 'a.png'}" in printed.err
+    assert f"can be written. Got {out / 'ö 1.png'}" in printed.err
+    assert sorted(p.name for p in out.iterdir()) == ["ö 1.png", "日本.png"]
+
+
+def test_restore_names_a_file_that_may_not_be_written(weights, tmp_path, monkeypatch, capsys):
+    save(tmp_path / "in" / "a.png", scene(np.random.default_rng(0), 20, 30))
+    out = tmp_path / "out"
+
+    def deny(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("os.replace", deny)
+    with pytest.raises(SystemExit):
+        restored(weights, tmp_path / "in", output=out)
+    assert f"Got {out / 'a.png'}: Permission denied" in capsys.readouterr().err
+    assert list(out.iterdir()) == []
+
+
+def test_restore_with_self_ensemble(weights, tmp_path):
+    save(tmp_path / "in" / "a.png", scene(np.random.default_rng(0), 20, 30))
+    restored(weights, tmp_path / "in", output=tmp_path / "out", self_ensemble=True)
+    net, _ = load_weights(weights, CPU)
+    image = torch.from_numpy(load_image(tmp_path / "in" / "a.png") / np.float32(255))
+    eight = []
+    with torch.no_grad():
+        for mirrored in (image, image.flip(1)):
+            for turns in range(4):
+                out = net(mirrored.rot90(turns).permute(2, 0, 1)[None])[0].permute(1, 2, 0)
+                out = out.rot90(-turns)
+                eight.append(out if mirrored is image else out.flip(1))
+    expected = (torch.stack(eight).mean(0).clamp(0, 1) * 255).numpy()
+    copied = load_image(tmp_path / "out" / "a.png").astype(float)
+    assert np.abs(copied - expected).max() < 0.5 + 1e-3
+
+
+def test_restore_says_what_is_wrong_before_the_first_image(weights, tmp_path):
+    save(tmp_path / "a.png", np.zeros((8, 8, 3), np.uint8))
+    with pytest.raises(ValueError, match="at most half their size"):
+        restored(weights, tmp_path / "a.png", output=tmp_path / "out", overlap=300)
+    with pytest.raises(ValueError, match=r"a folder that can be made\. Got"):
+        restored(weights, tmp_path / "a.png", output=tmp_path / "a.png" / "out")
 
 
 def test_evaluate_command_on_a_folder(weights, folder):
