@@ -20,9 +20,10 @@ from console import fail_plainly, pick_device
 from ensemble import self_ensemble
 from image_file import read_image, write_image
 from inputs import Job, find_jobs
+from onnx_network import OnnxNetwork
 from rich.console import Console
 from rich.progress import track
-from tiles import Scope, restore
+from tiles import Scope, restore, restore_with
 from torch import Tensor
 from weights import load_weights
 
@@ -36,7 +37,7 @@ class Arguments:
     Attributes:
         inputs: image files, folders of them, or patterns with *, ? and **.
         output: folder for the restored images; made if it does not exist.
-        weights: file written by train.py.
+        weights: file written by train.py, or by export.py, which onnxruntime runs.
         device: `cpu`, `cuda`, ...; the fastest there is, by default.
         amp: compute in bfloat16.
         tile: larger images are cut into tiles of this size; lower it if memory runs out.
@@ -60,23 +61,11 @@ class Arguments:
 
 
 def main(a: Arguments):
-    device = pick_device(a.device)
     jobs = find_jobs(a.inputs, a.output)
-    net, _ = load_weights(a.weights, device)
-    make_folder(a.output)
-    function = partial(
-        restore,
-        net,
-        device=device,
-        amp=a.amp,
-        tile=a.tile,
-        overlap=a.overlap,
-        statistics=a.statistics,
-        window=a.window,
-        multiple=net.config.multiple,
-    )
+    function = load(a)
     if a.self_ensemble:
         function = self_ensemble(function)
+    make_folder(a.output)
     function(torch.zeros(3, 8, 8))  # what is wrong with the arguments shows now
     console, problems = Console(), Console(stderr=True, soft_wrap=True, highlight=False)
     done = 0
@@ -89,6 +78,25 @@ def main(a: Arguments):
     console.print(f"{done} of {len(jobs)} restored in {a.output}", markup=False, soft_wrap=True)
     if done < len(jobs):
         sys.exit(FAILED)
+
+
+def load(a: Arguments) -> Callable[[Tensor], Tensor]:
+    """The function that restores an image, (3, H, W), as the arguments want it."""
+    tiles = {"tile": a.tile, "overlap": a.overlap}
+    if a.weights.suffix == ".onnx":
+        if a.statistics == "local" or a.amp or a.device not in (None, "cpu"):
+            raise ValueError(
+                "An exported network must run as it was exported: on the CPU, in float32, without "
+                f"local statistics. Got device={a.device}, amp={a.amp}, statistics={a.statistics}. "
+                "Use the weights that it was exported from."
+            )
+        network = OnnxNetwork(a.weights)
+        whole = a.statistics == "whole"
+        return partial(restore_with, network, whole=whole, multiple=network.multiple, **tiles)
+    device = pick_device(a.device)
+    net, _ = load_weights(a.weights, device)
+    chosen = {"statistics": a.statistics, "window": a.window, "multiple": net.config.multiple}
+    return partial(restore, net, device=device, amp=a.amp, **tiles, **chosen)
 
 
 def restore_file(job: Job, function: Callable[[Tensor], Tensor]):
