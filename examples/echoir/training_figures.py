@@ -70,8 +70,8 @@ def draw_widths(nets: dict[str, EchoIR]) -> Figure:
         axis.set_xlabel("level, 0 is the finest", fontsize=8)
         axis.set_xticks(range(max(len(net.upsamplers) for net in nets.values())))
         axis.tick_params(labelsize=7)
-        axis.margins(x=0.2, y=0.2)
-        axis.set_ylim(bottom=0)
+        axis.margins(x=0.2)
+        axis.set_ylim(0, 1.25 * axis.dataLim.ymax)
         axis.legend(fontsize=7)
     return figure
 

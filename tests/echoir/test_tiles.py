@@ -113,6 +113,13 @@ def test_two_passes_come_close_to_the_whole(net, size):
     assert rms(tiled - whole) < 0.5 * rms(naive - whole)
 
 
+def test_tiles_in_bfloat16(net):
+    image = two_sided(96, 200)
+    options = {"device": CPU, "tile": 96, "overlap": 48}
+    precise = restore(net, image, **options)
+    assert rms(restore(net, image, amp=True, **options) - precise) < 0.05 * rms(precise)
+
+
 def test_no_seam_is_seen(net):
     """The gradient across tile borders stands out from its surroundings no more than without tiles."""
     image = two_sided(96, 400)
