@@ -2,7 +2,8 @@
 
     y = x + CA(SA(LN(x))),    out = y + FFN(LN(y))
 
-Every block maps (B, d, H, W) to (B, d, H, W).
+Every block maps (B, d, H, W) to (B, d, H, W). What it sums over all pixels goes through a `Gram` or a `Mean`, modules
+without parameters, so that statistics.py can sum over an image of which only a tile is in memory.
 """
 
 from typing import Literal
@@ -30,6 +31,21 @@ class LayerNorm(nn.Module):
         return functional.layer_norm(x, x.shape[-1:], self.weight, self.bias).permute(0, 3, 1, 2)
 
 
+class Gram(nn.Module):
+    """The products of all pairs of rows, summed over the pixels: (..., r, h, w) to (..., r, r)."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        rows = rows.flatten(-2)
+        return rows @ rows.mT
+
+
+class Mean(nn.Module):
+    """The mean over the pixels: (B, d, h, w) to (B, d, 1, 1)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3), keepdim=True)
+
+
 class SelfAttention(nn.Module):
     """SA: attention between channels, not pixels, so that its cost is linear in the image's size.
 
@@ -53,25 +69,32 @@ class SelfAttention(nn.Module):
             if depthwise_qkv
             else nn.Identity()
         )
+        self.gram = Gram()
         self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
         self.out = nn.Conv2d(width, width, 1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, width, h, w = x.shape
-        heads, each = self.heads, width // self.heads
-        qkv = self.depthwise(self.qkv(x)).reshape(batch, 3, heads, each, h * w)
+        return self.out(self.attend(self.project(x)).flatten(1, 2))
+
+    def project(self, x: Tensor) -> Tensor:
+        """Queries, keys and values: (B, d, h, w) to (B, 3, heads, c, h, w)."""
+        qkv = self.depthwise(self.qkv(x))
+        return qkv.reshape(x.shape[0], 3, self.heads, -1, *x.shape[2:])
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """The mixed values, (B, heads, c, h, w)."""
+        each, size = qkv.shape[3], qkv.shape[4:]
+        # One product of all rows of q and k holds q k^T, and on its diagonal their squared norms: cheaper than to
+        # normalize the rows, which are as long as the image.
+        gram = self.gram(qkv[:, :2].transpose(1, 2).flatten(2, 3))  # (B, heads, 2c, 2c)
+        logits = gram[..., :each, each:]  # (B, heads, c, c)
         if self.literal_scale:
-            q, k, v = qkv.unbind(1)
-            logits = q @ k.mT / each**0.5  # (B, heads, c, c)
+            logits = logits / each**0.5
         else:
-            # One product of all rows of q and k holds q k^T, and on its diagonal their squared norms: cheaper than to
-            # normalize the rows, which are as long as the image.
-            rows, v = qkv[:, :2].transpose(1, 2).flatten(2, 3), qkv[:, 2]
-            gram = rows @ rows.mT  # (B, heads, 2c, 2c)
             norms = gram.diagonal(dim1=-2, dim2=-1).clamp(min=1e-12).sqrt()
-            logits = gram[..., :each, each:] / (norms[..., :each, None] * norms[..., None, each:])
+            logits = logits / (norms[..., :each, None] * norms[..., None, each:])
         attention = (logits * self.temperature).softmax(-1)
-        return self.out((attention.to(v.dtype) @ v).reshape(batch, width, h, w))
+        return (attention.to(qkv.dtype) @ qkv[:, 2].flatten(-2)).unflatten(-1, size)
 
 
 class ChannelAttention(nn.Module):
@@ -79,12 +102,15 @@ class ChannelAttention(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
+        self.mean = Mean()
         self.expand = nn.Linear(width, 2 * width)
         self.reduce = nn.Linear(2 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = self.reduce(functional.gelu(self.expand(x.mean((2, 3))))).sigmoid()  # (B, d)
-        return x * scale[:, :, None, None]
+        # The means are (B, d, 1, 1), or (B, d, h, w) where each pixel has its own (local_statistics.py).
+        means = self.mean(x).permute(0, 2, 3, 1)
+        scale = self.reduce(functional.gelu(self.expand(means))).sigmoid()
+        return x * scale.permute(0, 3, 1, 2)
 
 
 class GatedFeedforward(nn.Module):

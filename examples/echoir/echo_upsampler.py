@@ -12,7 +12,9 @@ the tile and a halo of `radius` around it. Most of those products belong to pair
 neighbors and are masked away; dense products are so much faster than gathering that this waste pays.
 """
 
+import itertools
 import math
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
@@ -102,7 +104,7 @@ def upsample_reference(
     radius: int = 1,
     combine: Combine = "sum",
 ) -> Tensor:
-    """Joint bilateral upsampling, written as the equations are; needs (2 radius + 1)^2 times the image's memory.
+    """Joint bilateral upsampling, written as the equations are: one neighbor of all pixels after the other.
 
     Args:
         value: v, the coarse values, (B, C, h, w).
@@ -115,32 +117,38 @@ def upsample_reference(
     Returns:
         The fine values, (B, C, 2h, 2w).
     """
-    batch, _, h, w = value.shape
+    batch, channels, h, w = value.shape
     side = 2 * radius + 1
 
-    def neighbors(coarse: Tensor) -> Tensor:  # (B, C, h, w) -> (B, C, K, 2h, 2w)
-        stack = functional.unfold(coarse, side, padding=radius).view(batch, -1, side * side, h, w)
-        return stack.repeat_interleave(2, -2).repeat_interleave(2, -1)
+    def neighbors(coarse: Tensor) -> Iterator[Tensor]:  # K times (B, C, h, 1, w, 1)
+        padded = functional.pad(coarse, (radius, radius, radius, radius))
+        for y, x in itertools.product(range(side), range(side)):
+            yield padded[:, :, y : y + h, None, x : x + w, None]
 
+    # Fine pixels are (h, 2, w, 2): those of a coarse one stand together, and meet its neighbors by broadcasting.
     offset = torch.arange(-radius, radius + 1, dtype=value.dtype, device=value.device)
-    # The two fine pixels of a coarse one lie a quarter of a coarse pixel before and behind its center.
+    # The two of each axis lie a quarter of a coarse pixel before and behind the center.
     lean = torch.tensor([-0.25, 0.25], dtype=value.dtype, device=value.device)
-    rows = (offset[:, None] - lean.repeat(h)) ** 2  # (side, 2h)
-    columns = (offset[:, None] - lean.repeat(w)) ** 2  # (side, 2w)
-    distance = (rows[:, None, :, None] + columns[None, :, None, :]).reshape(-1, 2 * h, 2 * w)
-    log_f = -distance / (2 * spatial.clamp(min=MIN_SPATIAL) ** 2)  # (K, 2h, 2w)
+    apart = (offset[:, None] - lean) ** 2  # (side, 2)
+    distance = apart[:, None, None, :, None, None] + apart[None, :, None, None, None, :]
+    distance = distance.flatten(0, 1)  # (K, 1, 2, 1, 2)
+    log_f = -distance / (2 * spatial.clamp(min=MIN_SPATIAL) ** 2)
 
     coarse_guide = functional.avg_pool2d(guide, 2)
-    difference = guide[:, :, None] - neighbors(coarse_guide)  # (B, D, K, 2h, 2w)
-    log_g = -(difference**2).sum(1) / (2 * range_**2 * guide.shape[1])  # (B, K, 2h, 2w)
+    fine_guide = guide.reshape(batch, -1, h, 2, w, 2)
+    squares = [((fine_guide - near) ** 2).sum(1) for near in neighbors(coarse_guide)]
+    log_g = -torch.stack(squares, 1) / (2 * range_**2 * guide.shape[1])  # (B, K, h, 2, w, 2)
 
-    inside = neighbors(torch.ones_like(value[:, :1]))[:, 0] > 0  # (B, K, 2h, 2w)
+    inside = torch.cat(list(neighbors(torch.ones_like(value[:, :1]))), 1) > 0  # (B, K, h, 1, w, 1)
     if combine == "sum":
         weights = (log_f.exp() + log_g.exp()) * inside
         weights = weights / weights.sum(1, keepdim=True)
     else:  # a softmax of the logarithms: the naive product is 0 / 0 where all guides differ much
         weights = (log_f + log_g).masked_fill(~inside, -torch.inf).softmax(1)
-    return (weights[:, None] * neighbors(value)).sum(2)
+    # Each weight is shared by all channels, (B, 1, h, 2, w, 2).
+    pairs = zip(weights.unbind(1), neighbors(value), strict=True)
+    out = sum(weight[:, None] * near for weight, near in pairs)
+    return out.reshape(batch, channels, 2 * h, 2 * w)
 
 
 def upsample(

@@ -1,6 +1,5 @@
 import subprocess
 import sys
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -9,9 +8,9 @@ from degradations import degradation
 from model import EchoIR, EchoIRConfig
 from photographs import Photograph, load_image
 from PIL import Image
+from restore import Arguments, main
 from scenes import EXAMPLE, save, scene
 from scores import evaluate, luma, psnr, round8, score
-from tiles import restore, spans
 from weights import load_weights, save_weights
 
 CPU = torch.device("cpu")
@@ -25,38 +24,6 @@ def weights(tmp_path):
     path = tmp_path / "weights.safetensors"
     save_weights(path, EchoIR(TINY), ABOUT)
     return path
-
-
-@pytest.mark.parametrize("size", [(40, 40), (101, 77), (33, 190)])
-def test_tiles_cover_the_image_and_blend_to_one(size):
-    image = torch.rand(3, *size)
-    out = restore(torch.nn.Identity(), image, device=CPU, tile=40, overlap=12)
-    torch.testing.assert_close(out, image)
-
-
-def test_tiles_of_a_local_network_show_no_seam():
-    torch.manual_seed(0)
-    blur = torch.nn.Conv2d(3, 3, 9, padding=4)
-    image = torch.rand(3, 90, 75)
-    whole = restore(blur, image, device=CPU)
-    tiled = restore(blur, image, device=CPU, tile=48, overlap=16)
-    inside = (slice(None), slice(4, -4), slice(4, -4))
-    # Where two tiles meet, the worse one, near its own edge, has little weight.
-    assert (tiled - whole)[inside].abs().max() < 0.25 * (whole - whole.mean()).abs().max()
-    assert (tiled - whole)[inside].abs().mean() < 0.02 * whole.std()
-
-
-def test_spans_share_what_they_must():
-    for size in range(1, 300):
-        parts = spans(size, 40, 12)
-        assert parts[0][0] == 0
-        assert parts[-1][1] == size
-        assert all(b[0] <= a[1] - 12 for a, b in pairwise(parts))
-
-
-def test_tiles_that_cannot_overlap():
-    with pytest.raises(ValueError, match=r"at most half their size\. Got tile=16, overlap=9"):
-        restore(torch.nn.Identity(), torch.rand(3, 8, 8), device=CPU, tile=16, overlap=9)
 
 
 def test_weights_round_trip(weights):
@@ -91,9 +58,9 @@ def test_restore_command_keeps_names_and_odd_sizes(weights, tmp_path):
     for name, (height, width) in sizes.items():
         save(tmp_path / "in" / name, scene(rng, height, width))
     save(tmp_path / "c.jpg", scene(rng, 20, 21))
-    command = [sys.executable, EXAMPLE / "restore.py", tmp_path / "in", tmp_path / "c.jpg"]
+    words = [sys.executable, EXAMPLE / "restore.py", tmp_path / "in", tmp_path / "c.jpg"]
     options = ["--output", tmp_path / "out", "--weights", weights, "--tile", "32", "--overlap", "8"]
-    subprocess.run([*command, *options], check=True, capture_output=True)
+    subprocess.run([*words, *options], check=True, capture_output=True)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.png", "b.png", "c.jpg"]
     for name, size in sizes.items():
         assert load_image(tmp_path / "out" / name).shape == (*size, 3)
@@ -101,13 +68,72 @@ def test_restore_command_keeps_names_and_odd_sizes(weights, tmp_path):
         assert image.format == "JPEG"
 
 
-def test_restore_command_refuses_in_one_sentence(weights, tmp_path):
+def restored(weights, *inputs, **options):
+    inputs = tuple(str(path) for path in inputs)
+    main(Arguments(inputs, weights=weights, device="cpu", **options))
+
+
+def test_restore_refuses_to_replace_its_input(weights, tmp_path):
     save(tmp_path / "in" / "a.png", np.zeros((8, 8, 3), np.uint8))
-    command = [sys.executable, EXAMPLE / "restore.py", tmp_path / "in", "--weights", weights]
-    done = subprocess.run([*command, "--output", tmp_path / "in"], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "must not be the input's" in done.stderr
-    assert "Traceback" not in done.stderr
+    with pytest.raises(ValueError, match="must not replace an input"):
+        restored(weights, tmp_path / "in", output=tmp_path / "in")
+
+
+def test_restore_goes_on_after_a_broken_file(weights, tmp_path, capsys):
+    folder, out = tmp_path / "Äpfel und Birnen", tmp_path / "out put"
+    for name in ("a", "ö 1", "日本"):
+        save(folder / f"{name}.png", scene(np.random.default_rng(0), 20, 30))
+    content = (folder / "a.png").read_bytes()
+    (folder / "a.png").write_bytes(content[: len(content) // 2])
+    (out / "ö 1.png" / "in the way").mkdir(parents=True)
+    with pytest.raises(SystemExit) as stop:
+        restored(weights, folder / "*.png", output=out)
+    assert stop.value.code == 1
+    printed = capsys.readouterr()
+    assert "1 of 3 restored" in printed.out
+    assert "readable as a whole" in printed.err
+    assert f"Got {folder / 'a.png'}" in printed.err
+    assert f"can be written. Got {out / 'ö 1.png'}" in printed.err
+    assert sorted(p.name for p in out.iterdir()) == ["ö 1.png", "日本.png"]
+
+
+def test_restore_names_a_file_that_may_not_be_written(weights, tmp_path, monkeypatch, capsys):
+    save(tmp_path / "in" / "a.png", scene(np.random.default_rng(0), 20, 30))
+    out = tmp_path / "out"
+
+    def deny(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("os.replace", deny)
+    with pytest.raises(SystemExit):
+        restored(weights, tmp_path / "in", output=out)
+    assert f"Got {out / 'a.png'}: Permission denied" in capsys.readouterr().err
+    assert list(out.iterdir()) == []
+
+
+def test_restore_with_self_ensemble(weights, tmp_path):
+    save(tmp_path / "in" / "a.png", scene(np.random.default_rng(0), 20, 30))
+    restored(weights, tmp_path / "in", output=tmp_path / "out", self_ensemble=True)
+    net, _ = load_weights(weights, CPU)
+    image = torch.from_numpy(load_image(tmp_path / "in" / "a.png") / np.float32(255))
+    eight = []
+    with torch.no_grad():
+        for mirrored in (image, image.flip(1)):
+            for turns in range(4):
+                out = net(mirrored.rot90(turns).permute(2, 0, 1)[None])[0].permute(1, 2, 0)
+                out = out.rot90(-turns)
+                eight.append(out if mirrored is image else out.flip(1))
+    expected = (torch.stack(eight).mean(0).clamp(0, 1) * 255).numpy()
+    copied = load_image(tmp_path / "out" / "a.png").astype(float)
+    assert np.abs(copied - expected).max() < 0.5 + 1e-3
+
+
+def test_restore_says_what_is_wrong_before_the_first_image(weights, tmp_path):
+    save(tmp_path / "a.png", np.zeros((8, 8, 3), np.uint8))
+    with pytest.raises(ValueError, match="at most half their size"):
+        restored(weights, tmp_path / "a.png", output=tmp_path / "out", overlap=300)
+    with pytest.raises(ValueError, match=r"a folder that can be made\. Got"):
+        restored(weights, tmp_path / "a.png", output=tmp_path / "a.png" / "out")
 
 
 def test_evaluate_command_on_a_folder(weights, folder):
