@@ -21,7 +21,7 @@ from PIL import Image
 EXAMPLE = Path(__file__).parents[1] / "examples" / "echoir"
 sys.path.insert(0, str(EXAMPLE))
 
-from degradations import degradation  # noqa: E402
+from degradations import degradation, one_sigma  # noqa: E402
 from model import PRESETS, EchoIR  # noqa: E402
 from photographs import bundled  # noqa: E402
 from scores import psnr  # noqa: E402
@@ -96,7 +96,7 @@ def main():
             print("  {:<27} {:.2f} {:6.0f}".format(name, *peak(*words)), flush=True)
 
     net, about = load_weights(a.weights, CPU)
-    degrade = degradation(about["task"], about["sigma"])
+    degrade = degradation(about["task"], one_sigma(about["sigma"]))
     print(
         "tiles of 128, overlap 64: PSNR, less that in one piece, dB apart, prominence of borders, and in one piece"
     )

@@ -22,9 +22,10 @@ import torch
 import tyro
 from comparison_figures import Comparison, draw_crops, draw_differences
 from console import fail_plainly, pick_device
-from degradations import Degradation, degradation
+from degradations import Degradation, degradation, one_sigma
+from folders import load_folder
 from model import EchoIR
-from photographs import Photograph, bundled, load_folder
+from photographs import Source, bundled
 from scores import evaluate
 from tiles import restore
 from training_figures import draw_training, draw_widths
@@ -63,7 +64,9 @@ def main(a: Arguments):
     nets = {method: net for method, (net, _) in loaded.items()}
     _, about = next(iter(loaded.values()))
     photographs = bundled().test if a.data is None else load_folder(a.data)
-    comparisons = compare(nets, photographs, degradation(about["task"], about["sigma"]), device)
+    comparisons = compare(
+        nets, photographs, degradation(about["task"], one_sigma(about["sigma"])), device
+    )
     method, net = next(iter(nets.items()))
     figures = {
         "crops": draw_crops(comparisons, a.box),
@@ -96,7 +99,7 @@ def load_run(folder: Path, device: torch.device) -> dict[str, tuple[EchoIR, dict
 
 def compare(
     nets: dict[str, EchoIR],
-    photographs: Sequence[Photograph],
+    photographs: Sequence[Source],
     degrade: Degradation,
     device: torch.device,
 ) -> list[Comparison]:
