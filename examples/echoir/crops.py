@@ -18,7 +18,6 @@ from folders import find_pairs
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
-from tiles import spans
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,15 @@ def main(a: Arguments):
                     Image.fromarray(crop).save(path, compress_level=1)
                 count += 1
     console.print(f"{count} pairs of crops in {a.output}", soft_wrap=True)
+
+
+def spans(size: int, crop: int, overlap: int) -> list[tuple[int, int]]:
+    """Cuts 0..size into the fewest spans of length `crop` that share `overlap` or more."""
+    if size <= crop:
+        return [(0, size)]
+    count = -(-(size - overlap) // (crop - overlap))
+    starts = [round(i * (size - crop) / (count - 1)) for i in range(count)]
+    return [(start, start + crop) for start in starts]
 
 
 if __name__ == "__main__":
