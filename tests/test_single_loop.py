@@ -363,3 +363,35 @@ def test_multiplier_speaks_in_units_of_the_objectives(factor: tuple[float, float
     other = states(problem, tiny, case.x0, case.y0 + 1.0, [None] * 3)[-1]
     expected = float(one.metrics["multiplier"]) * a / b
     assert float(other.metrics["multiplier"]) == pytest.approx(expected, rel=1e-3)
+
+
+def test_ridge_does_not_wipe_out_what_f_hardly_sees() -> None:
+    """Adam makes a full step of any gradient, however small; the ridge must not become one."""
+    problem = bl.BilevelProblem(
+        upper=lambda x, y, data: ((y[0] - 1.0) ** 2 + 0.1 * x**2).sum(),
+        lower=lambda x, y, data: ((y[0] - x) ** 2 + 1e-12 * (y[1] - 1.0) ** 2).sum(),
+    )
+    adam = bl.optim.Torch(torch.optim.Adam, lr=1e-2)
+    method = bl.ASBLO(value_optimizer=adam, lower_optimizer=adam, upper_optimizer=adam)
+    x0, y0 = torch.zeros(1).double(), torch.tensor([0.0, 1.0]).double()
+    found = bl.solve(problem, method, x0, y0, [None] * 500, max_steps=500)
+    assert found.y[1].item() == pytest.approx(1.0, abs=0.05)
+
+
+def test_ridge_is_that_of_eq_14_where_the_step_is_along_the_gradient() -> None:
+    problem = bl.BilevelProblem(
+        upper=lambda x, y, data: ((y - 1.0) ** 2 + 0.1 * x**2).sum(),
+        lower=lambda x, y, data: ((y - x) ** 2).sum(),
+    )
+    mu, lr = 0.3, 0.05
+    sgd = bl.optim.Torch(torch.optim.SGD, lr=lr)
+    method = bl.ASBLO(
+        mu=constant(mu), value_optimizer=sgd, lower_optimizer=sgd, upper_optimizer=sgd
+    )
+    x, y = torch.tensor([0.5]).double(), torch.tensor([2.0]).double()
+    state = next(iter(bl.iterate(problem, method, x, y, [None])))
+    weight = state.metrics["mu"] * float(y)  # in the user's units
+    gap = float(state.metrics["value_gap"])
+    assert gap == 0.0  # z starts at y
+    expected_z = float(y) - lr * (2.0 * float(y - x) + weight)
+    assert float(state.memory["z"]) == pytest.approx(expected_z, rel=1e-12)

@@ -111,10 +111,8 @@ def step(loop: SingleLoop, problem: BilevelProblem, state: State, data: Any) -> 
 
     for _ in range(loop.value_steps - 1):  # z <- z - alpha (grad f + mu z), Eq. 14
         _, lower_z = oracle.lower_grad_y(x, z)
-        grad_z = _tree.axpy(numbers.mu, z, lower_z)
-        z, optimizers["z"] = _moved(loop.value_optimizer, z, grad_z, optimizers["z"])
+        z, optimizers["z"] = _moved(loop.value_optimizer, z, lower_z, optimizers["z"], numbers.mu)
     value_z, lower_x_at_z, lower_z = oracle.lower_grad(x, z)
-    grad_z = _tree.axpy(numbers.mu, z, lower_z)
     losses_z = oracle.losses
     # v(x) - f(x, z) is known without a batch
     slack = numbers.epsilon + 0.5 * numbers.mu * _tree.vdot(z, z)
@@ -125,25 +123,25 @@ def step(loop: SingleLoop, problem: BilevelProblem, state: State, data: Any) -> 
         average = _averaged(average, _gap(value_y, value_z, oracle.losses, losses_z))
         _, upper_y = oracle.upper_grad_y(x, y)
         weight = _multiplier(loop, numbers, average, slack)
-        grad_y = _pull(numbers, weight, y, _tree.scale(sign, upper_y), lower_y)
-        y, optimizers["y"] = _moved(loop.lower_optimizer, y, grad_y, optimizers["y"])
+        grad_y, ridge = _pull(numbers, weight, _tree.scale(sign, upper_y), lower_y)
+        y, optimizers["y"] = _moved(loop.lower_optimizer, y, grad_y, optimizers["y"], ridge)
     value_y, lower_x, lower_y = oracle.lower_grad(x, y)
     gap = _gap(value_y, value_z, oracle.losses, losses_z)
     average = _averaged(average, gap)
     upper, upper_x, upper_y = oracle.upper_grad(x, y)
     weight = _multiplier(loop, numbers, average, slack)
-    grad_y = _pull(numbers, weight, y, _tree.scale(sign, upper_y), lower_y)
+    grad_y, ridge = _pull(numbers, weight, _tree.scale(sign, upper_y), lower_y)
     # Eq. 16: the hypergradient, lambda a constant
     difference = _tree.axpy(-1.0, lower_x_at_z, lower_x)
     hypergradient = _tree.axpy(sign * weight.value, difference, upper_x)
 
     norm = _tree.norm(hypergradient)
     evaluations = state.evaluations + oracle.evaluations
-    if not bool(torch.isfinite(norm + _tree.norm(grad_y) + _tree.norm(grad_z) + upper + value_y)):
+    if not bool(torch.isfinite(norm + _tree.norm(grad_y) + _tree.norm(lower_z) + upper + value_y)):
         message = f"{Status.NONFINITE.value} (at step {k + 1}; F = {float(upper):.6g}, f = {float(value_y):.6g})"
         return replace(state, status=Status.NONFINITE, message=message, evaluations=evaluations)
-    z, optimizers["z"] = _moved(loop.value_optimizer, z, grad_z, optimizers["z"])
-    y, optimizers["y"] = _moved(loop.lower_optimizer, y, grad_y, optimizers["y"])
+    z, optimizers["z"] = _moved(loop.value_optimizer, z, lower_z, optimizers["z"], numbers.mu)
+    y, optimizers["y"] = _moved(loop.lower_optimizer, y, grad_y, optimizers["y"], ridge)
     # The value function lies below f(x, y): where y is the better lower minimizer, z goes on from there,
     # from the moved y: one step behind it, z would lose again, and x climb on the lag.
     z = _tree.where(average < 0.0, y, z)
@@ -211,23 +209,34 @@ def _multiplier(loop: SingleLoop, numbers: _Numbers, gap: Tensor, slack: Tensor)
     return _Weight(value.clamp(max=numbers.max_multiplier), curvature)
 
 
-def _pull(numbers: _Numbers, weight: _Weight, y: Tree, upper_y: Tree, lower_y: Tree) -> Tree:
-    r"""The gradient in y of Eq. 15, over its curvature in units of the learning rate.
+def _pull(numbers: _Numbers, weight: _Weight, upper_y: Tree, lower_y: Tree) -> tuple[Tree, Tensor]:
+    r"""The gradient in y of Eq. 15 without its ridge, and theta, over their curvature in units of the learning rate.
 
     alpha_y = 1 / (L_F + lambda L_f + P'' |grad f|^2), with L_F = 1 / lr_y and L_f = 1 / lr_z.
     """
     theta = weight.value * numbers.mu if numbers.theta is None else numbers.theta
-    grad = _tree.axpy(theta, y, _tree.axpy(weight.value, lower_y, upper_y))
+    grad = _tree.axpy(weight.value, lower_y, upper_y)
     ratio = (
         numbers.rate_y / numbers.rate_z if numbers.rate_z > 0.0 else 1.0
     )  # schedules may end at 0
     stiffness = 1.0 + weight.value * ratio
     stiffness = stiffness + numbers.rate_y * weight.curvature * _tree.vdot(lower_y, lower_y)
-    return _tree.scale(1.0 / stiffness, grad)
+    return _tree.scale(1.0 / stiffness, grad), theta / stiffness
 
 
 def _moved(
-    optimizer: Torch, tree: Tree, grad: Tree, memory: dict[str, Any]
+    optimizer: Torch,
+    tree: Tree,
+    grad: Tree,
+    memory: dict[str, Any],
+    ridge: float | Tensor | None = None,
 ) -> tuple[Tree, dict[str, Any]]:
-    moved, memory = optimizer.step(_tree.leaves(tree), _tree.leaves(grad), memory)
-    return _tree.unflatten_like(tree, moved), memory
+    """One step along `grad + ridge tree`, the ridge beside the optimizer.
+
+    An adaptive optimizer would make full steps of a ridge, however small, wherever the gradient is smaller yet: it
+    would wipe out what f hardly sees (as weight decay in the gradient of Adam does; Loshchilov and Hutter, 2019).
+    """
+    rate = optimizer.rate(memory["count"])
+    leaves, memory = optimizer.step(_tree.leaves(tree), _tree.leaves(grad), memory)
+    moved = _tree.unflatten_like(tree, leaves)
+    return (moved if ridge is None else _tree.axpy(-rate * ridge, tree, moved)), memory
