@@ -351,3 +351,24 @@ def test_constraint_that_is_nan_was_called_converged() -> None:
     )
     found = bl.solve(problem, bl.ASBLO(), vector(0.0), vector(0.0), max_steps=100, throw=False)
     assert found.status.is_failure
+
+
+@pytest.mark.parametrize(("frequency", "pull"), [(3.44, 0.1), (6.6202, 0.1815), (3.8646, 0.1028)])
+def test_deeper_basin_of_a_wavy_lower_level_is_found_from_every_other(
+    frequency: float, pull: float
+) -> None:
+    problem = bl.BilevelProblem(
+        lambda x, y, data: (y - 1.0) ** 2 + x**2,
+        lambda x, y, data: torch.sin(frequency * y) + pull * (y - x) ** 2,
+    )
+    grid = torch.linspace(-6.0, 6.0, 4801, dtype=torch.float64)
+    heights = problem.lower(torch.tensor(0.0).double(), grid, None)
+    inner = (heights[1:-1] < heights[:-2]) & (heights[1:-1] < heights[2:])
+    minima = 1 + inner.nonzero()[:, 0]
+    deepest = heights.min()
+    wrong = [int(i) for i in minima if heights[i] > deepest + 1e-3]
+    assert len(wrong) >= 2
+    for i in wrong:
+        found = bl.certify(problem, torch.tensor(0.0).double(), grid[i])
+        assert found.value_gap == pytest.approx(float(heights[i] - deepest), abs=1e-3)
+        assert not found.is_trusted

@@ -12,9 +12,10 @@ from bilevel import _tree
 from bilevel._oracle import Oracle
 from bilevel._solution import Status
 from bilevel.estimators._gap import RegularizedLower, rounding
+from bilevel.estimators._screen import low_points
 from bilevel.optim import Minimizer
 
-STARTS = 8  # solves of the lower problem, the first from the point itself
+_AROUND = 8  # solves of the lower problem, the first from the point itself
 #: Of the heights of the starts above the nearest minimum: minima nearer to each other count as one.
 _RESOLUTION = 1e-8
 
@@ -39,7 +40,7 @@ class Basins:
 
 
 def explore(oracle: Oracle, x: Tensor, y: Tensor, minimizer: Minimizer, seed: int) -> Basins:
-    """Minimize f(x, .) from `y` and from seven points around it, at radii 1/4 to 16 in units of y.
+    """Minimize f(x, .) from `y`, from seven points around it at radii 1/4 to 16 in units of y, and from where f is low.
 
     A minimum counts as lower only where rounding cannot explain it; among equals the nearest stays.
     """
@@ -47,10 +48,12 @@ def explore(oracle: Oracle, x: Tensor, y: Tensor, minimizer: Minimizer, seed: in
     size = max(1.0, _tree.rms(y))
     hessian: Tensor | None = None
     nearest, nearest_y, lowest, lowest_y, height = math.inf, y, math.inf, y, 0.0
-    for number in range(STARTS):
-        noise = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
+    noises = torch.randn(_AROUND, y.numel(), generator=generator, dtype=torch.float64).to(y)
+    starts = [y, *(y + 2.0 ** (i - 3) * size * noises[i] for i in range(1, _AROUND))]
+    starts += low_points(lambda v: float(oracle.lower(x, v)), y)
+    for number, point in enumerate(starts):
         lower = RegularizedLower(oracle, x, 0.0, hessian)
-        start = lower.evaluate(y if number == 0 else y + 2.0 ** (number - 3) * size * noise)
+        start = lower.evaluate(point)
         if not math.isfinite(start.value):
             if number == 0:
                 return Basins(nearest, y, lowest, y, Status.NONFINITE)

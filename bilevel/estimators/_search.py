@@ -15,6 +15,7 @@ from bilevel._solution import Status
 from bilevel.estimators._gap import RegularizedLower, rounding
 from bilevel.estimators._kkt import ConstrainedLower, KKTPoint
 from bilevel.estimators._nonsmooth import minimize
+from bilevel.estimators._screen import low_points
 from bilevel.optim import Newton
 from bilevel.optim._base import Minimum, Point, SmoothFunction
 
@@ -176,6 +177,8 @@ def search(oracle: Oracle, x: Tensor, y: Tensor, data: Any, size: float, sign: f
         upper_far = _range([upper_size, abs(float(oracle.upper(x, far[-1])) - upper)])
     if y.numel() <= SMALL:
         starts = [*starts, _toward_upper(oracle, x, nearest.y, size, sign)]
+        if not solver.constrained:
+            starts += low_points(lambda v: float(oracle.lower(x, v)), nearest.y)
     else:
         starts = starts[::3] if y.numel() <= MEDIUM else []
     found, lowest, solves = [nearest], nearest, 1

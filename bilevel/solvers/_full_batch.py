@@ -22,6 +22,7 @@ from bilevel._problem import BilevelProblem, projected_by, ravel
 from bilevel._solution import State, Status
 from bilevel._types import Tree
 from bilevel.estimators._basins import Basins, explore
+from bilevel.estimators._screen import low_points
 from bilevel.solvers import _sequential, _walls
 from bilevel.solvers._kkt_form import KKTForm, Point
 from bilevel.solvers._sequential import Sequence
@@ -265,6 +266,8 @@ def _judged(
     generator = torch.Generator().manual_seed(0)
     size = 1.0 + float(y.abs().max())
     around = [y + distance * size * _noise(y, generator) for distance in _AROUND]
+    if not (oracle.problem.lower_constraint or oracle.problem.lower_equality):
+        around += low_points(lambda v: float(oracle.lower(x, v)), y)
     lower = float(oracle.lower(x, y))
     drop, where = form.drop(x, y, [y, *cuts[-3:], *around])
     # what rounding can explain is no gap; without any feasible lower point, no y is a solution
