@@ -46,16 +46,18 @@ def f2sa(a: Arguments, adamw: bl.optim.Torch) -> bl.Solver:
     )
 
 
-def soba(a: Arguments, adamw: bl.optim.Torch) -> bl.Solver:
-    """The implicit hypergradient, its linear system solved along the way."""
-    return bl.SOBA(lower_optimizer=adamw, upper_optimizer=adamw)
+def bome(a: Arguments, adamw: bl.optim.Torch) -> bl.Solver:
+    """A multiplier that makes the value gap fall at its own rate; again one step of each."""
+    return bl.BOME(
+        value_steps=1, value_optimizer=adamw, lower_optimizer=adamw, upper_optimizer=adamw
+    )
 
 
 def single_level(a: Arguments, adamw: bl.optim.Torch) -> bl.Solver:
     return SingleLevel(adamw)
 
 
-METHODS = {"asblo": asblo, "single-level": single_level, "f2sa": f2sa, "soba": soba}
+METHODS = {"asblo": asblo, "single-level": single_level, "f2sa": f2sa, "bome": bome}
 
 
 def _polynomial(numbers: Polynomial | None) -> bl.Schedule | None:

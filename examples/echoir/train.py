@@ -14,7 +14,8 @@ Exit codes: 0 done, 1 diverged, 2 a mistake in the arguments or the data, 75 sto
 
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -136,18 +137,24 @@ def main(arguments: Arguments, console: Console):
     console.print(f"weights: {a.output / 'weights.safetensors'}", soft_wrap=True)
 
 
+@contextmanager
+def exit_codes(console: Console, again: str) -> Iterator[None]:
+    """Leaves with a code of its own where a signal came or training diverged."""
+    try:
+        yield
+    except Interrupted as interrupted:
+        console.print(f"{interrupted}; go on with {again}", soft_wrap=True)
+        sys.exit(STOPPED)
+    except bl.BilevelError as error:
+        console.print(str(error), markup=False, soft_wrap=True)
+        sys.exit(DIVERGED)
+
+
 def command_line(words: Sequence[str] | None = None):
     """Runs `main` with arguments from the command line, and exits with a code that says how it went."""
     console = Console()
-    with fail_plainly():
-        try:
-            main(tyro.cli(Arguments, args=words, default=defaults(words)), console)
-        except Interrupted as interrupted:
-            console.print(f"{interrupted}; go on with --resume", soft_wrap=True)
-            sys.exit(STOPPED)
-        except bl.BilevelError as error:
-            console.print(str(error), markup=False, soft_wrap=True)
-            sys.exit(DIVERGED)
+    with fail_plainly(), exit_codes(console, "--resume"):
+        main(tyro.cli(Arguments, args=words, default=defaults(words)), console)
 
 
 if __name__ == "__main__":
