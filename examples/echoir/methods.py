@@ -97,6 +97,8 @@ def training_runs(
     if a.compile:  # a copy: whole photographs, each of its own size, would be compiled one by one
         net = copy.deepcopy(net)
         net.compile(dynamic=False)
+        # F and f of each stage, and two more in which ASBLO measures the units; beyond, nothing is compiled.
+        torch._dynamo.config.cache_size_limit = 2 * len(stages.each) + 8
     problem, x0, y0 = bl.from_module(
         net, lower=["upsamplers.*"], upper_loss=upper, lower_loss=lower, per_sample=True
     )
