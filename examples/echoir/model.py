@@ -189,7 +189,10 @@ class EchoIR(nn.Module):
         self.final = stage(0, c.final_blocks, last)
         self.reconstruction = nn.Conv2d(last, pixels, 3, padding=1, bias=c.bias)
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(
+        self, image: Tensor, *, features: bool = False
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """The restored image, and the encoder features E_l where they are asked for."""
         height, width = image.shape[-2:]
         padded = pad(image, self.config.multiple)
         echoes, x = self.encode(padded)
@@ -204,7 +207,8 @@ class EchoIR(nn.Module):
         residual = self.reconstruction(self.final(x))
         if self.config.unshuffle > 1:
             residual = functional.pixel_shuffle(residual, self.config.unshuffle)
-        return image + residual[..., :height, :width]
+        restored = image + residual[..., :height, :width]
+        return (restored, echoes) if features else restored
 
     def encode(self, image: Tensor) -> tuple[list[Tensor], Tensor]:
         """The encoder features E_l, from the finest, and the input of the middle; sizes must be multiples."""

@@ -24,7 +24,7 @@ def restoration_loss(net: EchoIR, patches: Patches) -> Tensor:
 
     It is less afraid of edges than the square, and trains to a higher PSNR.
     """
-    return (net(patches.input).float() - patches.target).abs().mean((1, 2, 3))
+    return _error(net(patches.input), patches)
 
 
 def echo_loss(net: EchoIR, patches: Patches) -> Tensor:
@@ -36,8 +36,22 @@ def echo_loss(net: EchoIR, patches: Patches) -> Tensor:
     would lower the loss.
     """
     image = pad(patches.input, net.config.multiple)
-    echoes, _ = net.encode(image)
-    loss = patches.target.new_zeros(len(image))
+    return _lost(net, net.encode(image)[0], image)
+
+
+def both_losses(net: EchoIR, patches: Patches) -> tuple[Tensor, Tensor]:
+    """The restoration and the echo loss, from one pass through the encoder."""
+    restored, echoes = net(patches.input, features=True)
+    image = pad(patches.input, net.config.multiple)
+    return _error(restored, patches), _lost(net, echoes, image)
+
+
+def _error(restored: Tensor, patches: Patches) -> Tensor:
+    return (restored.float() - patches.target).abs().mean((1, 2, 3))
+
+
+def _lost(net: EchoIR, echoes: list[Tensor], image: Tensor) -> Tensor:
+    loss = image.new_zeros(len(image))
     for level, feature in enumerate(echoes):
         coarse = net.downsamplers[level](feature)
         back = net.upsample(level, coarse, net.echo(level, echoes, image))
@@ -70,7 +84,8 @@ def objectives(
         raise ValueError(f"`objectives(alpha=...)` must be at least 0. Got alpha={alpha}.")
 
     def both(net: EchoIR, patches: Patches) -> Tensor:
-        return restoration_loss(net, patches) + alpha * echo_loss(net, patches)
+        restoration, echo = both_losses(net, patches)
+        return restoration + alpha * echo
 
     f: Objective = {"echo": echo_loss, "restoration": restoration_loss, "both": both}[lower]
 

@@ -4,6 +4,7 @@ A signal stops it between two steps, saved, so that it can be resumed bit for bi
 """
 
 import json
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +23,8 @@ import bilevel as bl
 
 SAVE_EVERY = 60.0  # seconds: what a power failure may cost
 LOG_EVERY = 10  # steps
-LOOK_EVERY = 100  # steps: the PSNR of held-out crops, which costs as much as two of them
+
+Done = Callable[[int], float]  # the share of a run that is done at a step
 
 
 class Interrupted(Exception):  # noqa: N818  (not an error)
@@ -41,19 +43,27 @@ class Run:
         y0: lower start.
         batch: the batch of a step, a pure function of it.
         psnr: PSNR in dB of a state, on the photographs held out.
+        keep: called with the averaged state and its PSNR whenever that is the best yet.
+        facts: what else to log of a state.
         folder: for checkpoints and metrics.
         device: of the tensors.
+        ema: decay of the moving average of the weights, smaller at the start.
+        look_every: steps between two measurements of the PSNR, besides that at the end.
     """
 
     name: str
     problem: bl.BilevelProblem
-    solver: Callable[[Callable[[int], float]], bl.Solver]
+    solver: Callable[[Done], bl.Solver]
     x0: dict[str, torch.Tensor]
     y0: dict[str, torch.Tensor]
     batch: Callable[[int], bl.Batch]
     psnr: Callable[[bl.State], float]
+    keep: Callable[[bl.State, float], None]
+    facts: Callable[[Done, bl.State], dict[str, float]]
     folder: Path
     device: torch.device
+    ema: float
+    look_every: int
 
     def train(
         self, console: Console, *, seconds: float, steps: int | None = None, resume: bool = False
@@ -84,14 +94,16 @@ class Run:
         clock = _Clock(time.perf_counter() - now.seconds, seconds, steps)
         batches = prefetch(self.batch, now.state.step)
         states = bl.iterate(self.problem, self.solver(clock.done), batches=batches, **start)
+        rows = self._rows(now.state.step)
+        best = max((row["psnr"] for row in rows if "psnr" in row), default=-math.inf)
         with (
-            self._open_log(now.state.step) as log,
+            self._open_log(rows) as log,
             _signals() as asked,
             _progress(console) as progress,
         ):
-            return self._loop(states, now, clock, asked, progress, log)
+            return self._loop(states, now, clock, asked, progress, log, best)
 
-    def _loop(self, states, now, clock, asked, progress, log) -> Checkpoint:
+    def _loop(self, states, now, clock, asked, progress, log, best) -> Checkpoint:
         bar = progress.add_task(self.name, total=1.0, step=now.state.step, facts="")
         saved_at = time.perf_counter()
         seen: dict[str, float] = {}  # the latest PSNR, once there is one
@@ -105,20 +117,26 @@ class Run:
             stepping += time.perf_counter() - began
             if state.status.is_failure:
                 raise state.status.error(f"{self.name}: {state.message}")
-            _average(now.average, state)
+            _average(now.average, state, self.ema)
             average = replace(now.average, step=state.step)
             now = Checkpoint(state, average, clock.seconds(), finished)
-            if state.step % LOOK_EVERY == 0 or now.finished:
-                seen = {"psnr": self.psnr(average)}
-            if state.step % LOG_EVERY == 0 or now.finished:
-                row = {"step": state.step, "seconds": round(now.seconds, 2), **seen}
+            look = state.step % self.look_every == 0 or finished
+            if look or state.step % LOG_EVERY == 0:
+                row = {"step": state.step, "seconds": round(now.seconds, 2)}
                 row |= {"step_seconds": round(stepping / since, 4)}
                 stepping, since = 0.0, 0
+                row |= self.facts(clock.done, state)
                 row |= {name: float(value) for name, value in state.metrics.items()}
+                if look:
+                    seen = {"psnr": self.psnr(average)}
+                    row |= seen
+                if look and seen["psnr"] > best:
+                    best = seen["psnr"]
+                    self.keep(average, best)
                 log.write(json.dumps(row) + "\n")
                 log.flush()
                 done = clock.done(state.step)
-                progress.update(bar, completed=done, step=state.step, facts=_facts(row))
+                progress.update(bar, completed=done, step=state.step, facts=_facts(seen | row))
             if now.finished or asked or time.perf_counter() - saved_at > SAVE_EVERY:
                 save(self.folder / "checkpoints", now)
                 saved_at = time.perf_counter()
@@ -129,12 +147,19 @@ class Run:
             began = time.perf_counter()
         raise RuntimeError(f"`{self.name}` ended by itself, with {now.state.status}.")
 
-    def _open_log(self, step: int):
-        """The metrics, one JSON object a line, up to this step; the rest is written anew."""
+    def _rows(self, step: int) -> list[dict[str, Any]]:
+        """What an earlier part of the run has logged up to this step; the rest is done anew."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().splitlines() if step and path.exists() else []
+        # A power failure may have cut the last line, which is of a later step than any checkpoint.
+        rows = [json.loads(line) for line in lines if line.endswith("}")]
+        return [row for row in rows if row["step"] <= step]
+
+    def _open_log(self, rows: list[dict[str, Any]]):
+        """The metrics, one JSON object a line."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "metrics.jsonl"
-        rows = path.read_text().splitlines() if step and path.exists() else []
-        path.write_text("".join(f"{row}\n" for row in rows if json.loads(row)["step"] <= step))
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
         return path.open("a")
 
 
@@ -165,9 +190,9 @@ def _copy(state: bl.State) -> bl.State:
     return bl.State(x, y)
 
 
-def _average(average: bl.State, state: bl.State):
-    """An exponential moving average over the last thousand steps, and over fewer at the start."""
-    share = 1 - min(0.999, (1 + state.step) / (10 + state.step))
+def _average(average: bl.State, state: bl.State, decay: float):
+    """An exponential moving average: over the last 1 / (1 - decay) steps, and over fewer at the start."""
+    share = 1 - min(decay, (1 + state.step) / (10 + state.step))
     for mean, now in ((average.x, state.x), (average.y, state.y)):
         for name, value in mean.items():
             value.lerp_(now[name], share)

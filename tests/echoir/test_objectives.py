@@ -1,7 +1,7 @@
 import pytest
 import torch
 from model import EchoIR, EchoIRConfig
-from objectives import echo_loss, objectives, restoration_loss
+from objectives import both_losses, echo_loss, objectives, restoration_loss
 from patches import Patches
 
 TINY = EchoIRConfig(width=8, blocks=(1, 1, 1), heads=(1, 2, 4), final_blocks=1)
@@ -72,3 +72,18 @@ def test_bad_objectives():
         objectives("neither")
     with pytest.raises(ValueError, match=r"at least 0\. Got alpha=-1"):
         objectives("both", alpha=-1)
+
+
+def test_both_losses_share_the_encoder(net, patches):
+    """The same values and gradients as one by one, from one pass through the encoder instead of two."""
+    parameters = list(net.parameters())
+    passes = []
+    net.shallow.register_forward_hook(lambda *_: passes.append(1))
+    shared = both_losses(net, patches)
+    assert len(passes) == 1
+    for together, alone in zip(shared, (restoration_loss, echo_loss), strict=True):
+        torch.testing.assert_close(together, alone(net, patches))
+    first = torch.autograd.grad(sum(shared).mean(), parameters)
+    alone = restoration_loss(net, patches) + echo_loss(net, patches)
+    second = torch.autograd.grad(alone.mean(), parameters)
+    torch.testing.assert_close(first, second)

@@ -53,10 +53,14 @@ def finished(tmp_path_factory):
 
 def test_a_run_leaves_all_that_it_promises(finished):
     _, output, text = finished
-    assert {"weights.safetensors", "picture.png", "metrics.jsonl"} <= set(os.listdir(output))
+    files = {"weights.safetensors", "best.safetensors", "picture.png", "metrics.jsonl"}
+    assert files <= set(os.listdir(output))
     metrics = rows(output / "metrics.jsonl")
     assert metrics[-1]["step"] == 30
-    assert {"upper", "value_gap", "sigma", "psnr", "step_seconds"} <= metrics[-1].keys()
+    columns = {"upper", "lower", "value_gap", "slack", "sigma", "multiplier", "mu", "theta"}
+    assert columns | {"lr", "psnr", "seconds", "step_seconds"} <= metrics[-1].keys()
+    last = metrics[-1]
+    assert last["theta"] == pytest.approx(last["multiplier"] * last["mu"], rel=1e-6)
     with Image.open(output / "picture.png") as picture:
         picture.load()
     assert "asblo" in text
@@ -87,6 +91,93 @@ def test_sigterm_saves_and_resume_goes_on_bit_for_bit(finished, tmp_path):
     assert train(folder, broken, "--resume").returncode == 0
     same(straight, broken)
     assert [row["step"] for row in rows(log)] == [10, 20, 30]
+
+
+def stop_at(monkeypatch, step):
+    """Interrupts the run of this process as Ctrl-C would, in a step."""
+    import run
+
+    def ask(average, state, decay, original=run._average):
+        if state.step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        original(average, state, decay)
+
+    monkeypatch.setattr(run, "_average", ask)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("stopped", [3, 4, 5])
+def test_resume_across_a_stage_border_is_bit_for_bit(folder, tmp_path, monkeypatch, stopped):
+    """The second stage begins with the fifth step; the run is stopped before, at and behind it."""
+    stages = ["--stages", "4", "4", "--patch", "16", "24", "--batch", "2", "1"]
+    options = [*stages, "--lower-batch", "1", "--look-every", "2"]
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    command_line(command(folder, straight, *options)[2:])
+    with monkeypatch.context() as patch:
+        stop_at(patch, stopped)
+        with pytest.raises(SystemExit) as left:
+            command_line(command(folder, broken, *options)[2:])
+    assert left.value.code == 75
+    command_line(command(folder, broken, "--resume")[2:])
+    same(straight, broken)
+    logs = [rows(path / "metrics.jsonl") for path in (straight, broken)]
+    timeless = [[{k: v for k, v in r.items() if "seconds" not in k} for r in log] for log in logs]
+    assert timeless[0] == timeless[1]
+    assert [row["step"] for row in logs[0]] == [2, 4, 6, 8]
+
+
+def test_the_best_weights_are_kept_beside_the_last(folder, tmp_path):
+    """The learning rate rises until it is far too large: the best are from before."""
+    options = ["--steps", "8", "--look-every", "2", "--ema", "0", "--warmup", "50", "--lr", "0.3"]
+    command_line(command(folder, tmp_path, *options)[2:])
+    psnr = {row["step"]: row["psnr"] for row in rows(tmp_path / "metrics.jsonl")}
+    best = max(psnr, key=psnr.get)
+    assert best < 8  # else this shows nothing
+    about = load_weights(tmp_path / "best.safetensors", CPU)[1]
+    assert (about["steps"], about["psnr_rgb"]) == (best, psnr[best])
+    assert load_weights(tmp_path / "weights.safetensors", CPU)[1]["steps"] == 8
+
+
+def test_training_goes_on_from_given_weights(finished, folder, tmp_path, capsys):
+    start = finished[1] / "weights.safetensors"
+    options = ["--steps", "1", "--lr", "1e-9", "--ema", "0"]  # goes nowhere
+    command_line(command(folder, tmp_path, *options, "--init", start)[2:])
+    first, second = load_file(start), load_file(tmp_path / "weights.safetensors")
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=0, atol=1e-7)
+    with pytest.raises(SystemExit) as left:
+        command_line(command(folder, tmp_path, *options, "--init", start, "--preset", "small")[2:])
+    assert left.value.code == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert "`--init` must hold weights of --preset small." in message
+    assert "width=32 instead of 16" in message
+    assert "Use --preset cpu." in message
+
+
+def test_the_schedules_of_asblo_are_settable(folder, tmp_path):
+    schedules = ["--mu", "0.5", "1", "10", "--theta", "0.25", "1", "10"]
+    schedules += ["--barrier", "3", "1", "10", "--epsilon", "2", "1", "10"]
+    command_line(command(folder, tmp_path / "usual", "--steps", "10")[2:])
+    command_line(command(folder, tmp_path / "given", "--steps", "10", *schedules)[2:])
+    usual, given = (rows(tmp_path / run / "metrics.jsonl")[-1] for run in ("usual", "given"))
+    # The units are those of the first batch, which is the same. By hand, at the ninth step from zero:
+    shrunk = {"mu": 1e-2 * 1.09**-2, "sigma": 1.09**-1, "epsilon": 1.09**-2}
+    for name, start in (("mu", 0.5), ("sigma", 3.0), ("epsilon", 2.0)):
+        expected = usual[name] / shrunk[name] * start / 1.9
+        assert given[name] == pytest.approx(expected), name
+    # theta over mu, in units of F over f
+    units = (usual["sigma"] / shrunk["sigma"]) / (usual["epsilon"] / shrunk["epsilon"])
+    assert given["theta"] == pytest.approx(given["mu"] * 0.25 / 0.5 * units)
+
+
+@pytest.mark.parametrize("config", ["paper", "small"])
+def test_a_configuration_runs(folder, tmp_path, config):
+    """Its network, stages and losses on patches that fit the tests' photographs."""
+    tiny = ["--patch", "16", "--lower-batch", "1", "--preset", "small", "--steps", "6"]
+    words = ["--config", config, "--batch", "1", *tiny, "--data", str(folder)]
+    command_line([*words, "--output", str(tmp_path), "--device", "cpu"])
+    kept = json.loads((tmp_path / "arguments.json").read_text())
+    assert (kept["config"], kept["lower"], len(kept["stages"])) == (config, "both", 6)
 
 
 def test_a_blind_denoiser_is_trained_and_resumed(folder, tmp_path):
