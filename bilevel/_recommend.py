@@ -15,7 +15,6 @@ from bilevel._problem import CONSTRAINTS, BilevelProblem, ravel
 from bilevel._solution import Status, table
 from bilevel._types import Tree
 from bilevel.estimators import Implicit, ImplicitKKT, check_problem
-from bilevel.estimators._kkt import KKTSystem
 from bilevel.estimators._search import MEDIUM, LowerSolver, search
 from bilevel.estimators._stationarity import DENSE
 from bilevel.linear import CG, Dense
@@ -269,7 +268,7 @@ class _Probe:
             return
         if solver.constrained:
             point = solver.solve(y).point
-            system = KKTSystem(solver.kkt, point)
+            system = solver.kkt.system(point)
             weak = int(solver.kkt.weakly_active(point, 1e-3).sum())
             count = int(point.active.sum())
             self.findings.append(f"{count} lower constraint(s) active, {weak} weakly")

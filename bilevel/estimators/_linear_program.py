@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from bilevel import _tree
-from bilevel._oracle import Oracle
 from bilevel._problem import Box
+from bilevel._types import Projection
 from bilevel.estimators._constraints import Linearized, positive
-from bilevel.estimators._kkt import KKTPoint, KKTSystem
+from bilevel.estimators._kkt_point import KKTPoint
+from bilevel.estimators._kkt_system import KKTSystem
 from bilevel.estimators._numpy import to_numpy
-from bilevel.estimators._search import LowerSolver
 
 linalg: Any = torch.linalg  # its stubs are untyped
 
@@ -44,25 +44,22 @@ class LinearProgram:
 
     def __init__(
         self,
-        oracle: Oracle,
-        solver: LowerSolver,
+        domain: Projection | None,
         system: KKTSystem,
         point: KKTPoint,
         x: Tensor,
         units: Units,
-        data: Any,
     ) -> None:
-        self._x, self._units, self._point = x, units, point
-        self._h, self._e = solver.kkt.constraints(point.y)
+        self._x, self._units, self._point, self._domain = x, units, point, domain
+        self._h, self._e = system.model.inequality, system.model.equality
         n = point.y.numel()
         identity = torch.eye(n, dtype=point.y.dtype, device=x.device)
-        mixed = torch.stack([system.linear.mixed_vjp(row) for row in identity])  # (n, m)
+        mixed = torch.stack([system.model.lagrangian.mixed_vjp(row) for row in identity])  # (n, m)
         force = torch.cat([self._h.in_y, self._e.in_y]).T  # (n, k + l)
         self._force_size = positive(linalg.vector_norm(force, dim=0))
         self._stationary = torch.cat(
             [mixed * units.x, system.hessian * units.y, force / self._force_size], 1
         )
-        self._domain = oracle.problem.domain
 
     def upper(self, of_x: Tensor, of_y: Tensor, held: Linearized, equal: Linearized) -> None:
         """Take F and the upper constraints."""

@@ -13,7 +13,8 @@ from bilevel import _tree
 from bilevel._oracle import CountedGradient, Oracle
 from bilevel._solution import Status
 from bilevel.estimators._gap import RegularizedLower, rounding
-from bilevel.estimators._kkt import ConstrainedLower, KKTPoint
+from bilevel.estimators._kkt import ConstrainedLower
+from bilevel.estimators._kkt_point import KKTPoint
 from bilevel.estimators._nonsmooth import minimize
 from bilevel.estimators._screen import low_points
 from bilevel.optim import Newton
@@ -93,7 +94,7 @@ class LowerSolver:
             value = -math.inf
         elif not math.isfinite(value):
             value = math.nan
-        return Local(found.point.y, value, status, free_point(found.point.y, value))
+        return Local(found.point.y, value, status, KKTPoint.free(found.point.y, value))
 
     def _solve_at_kinks(self, y: Tensor) -> Local:
         def with_gradient(v: Tensor) -> tuple[float, Tensor]:
@@ -109,13 +110,7 @@ class LowerSolver:
         value = found.value
         if value == -math.inf or _tree.length(found.y) > _UNBOUNDED * (1.0 + _tree.length(y)):
             value, status = -math.inf, Status.LOWER_UNBOUNDED
-        return Local(found.y, value, status, free_point(found.y, value), is_smooth=False)
-
-
-def free_point(y: Tensor, value: float) -> KKTPoint:
-    """A point of a lower problem without constraints."""
-    none, no = y.new_zeros(0), y.new_zeros(0, dtype=torch.bool)
-    return KKTPoint(y, value, none, none, no, 0.0, 0.0, Status.CONVERGED)
+        return Local(found.y, value, status, KKTPoint.free(found.y, value), is_smooth=False)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from bilevel.estimators._constraints import (
 )
 from bilevel.estimators._directions import Directions
 from bilevel.estimators._gap import rounding
-from bilevel.estimators._kkt import KKTSystem
+from bilevel.estimators._kkt_system import KKTSystem
 from bilevel.estimators._linear_program import LinearProgram, Units
 from bilevel.estimators._optimum import OptimalValue
 from bilevel.estimators._search import SMALL, Local, LowerSolver
@@ -111,7 +111,7 @@ class UpperLevel:
             if self._has_kink():
                 return Stationarity(untested=_NOT_CURVED)
             return self._smooth(None, None)
-        system = KKTSystem(solver.kkt, self._local.point)
+        system = solver.kkt.system(self._local.point)
         relative = system.curvature
         size = float(linalg.matrix_norm(system.hessian)) if relative is not None else 0.0
         curvature = None if relative is None or not math.isfinite(size) else relative * size
@@ -308,7 +308,7 @@ class UpperLevel:
                 f"the upper level is stationary on the branches that were not tried: {why}"
             )
         program = LinearProgram(
-            self._oracle, solver, system, self._local.point, self._x, self._units, self._data
+            self._oracle.problem.domain, system, self._local.point, self._x, self._units
         )
         program.upper(self._upper_x, self._upper_y, self._held, self._equal)
         chosen = [i for i in range(weak.numel()) if bool(weak[i])][:_BRANCHES]

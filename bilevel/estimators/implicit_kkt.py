@@ -16,7 +16,7 @@ from bilevel._oracle import Oracle
 from bilevel._problem import CONSTRAINTS, BilevelProblem
 from bilevel._solution import Status
 from bilevel.estimators._base import Estimate, Estimator, failed, linear_tolerance
-from bilevel.estimators._kkt import ConstrainedLower, KKTSystem
+from bilevel.estimators._kkt import ConstrainedLower
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class ImplicitKKT(Estimator):
             return failed(oracle, x, nearest, solved.status)
         y = solved.y
         upper, upper_x, upper_y = oracle.upper_grad(x, y)
-        system = KKTSystem(lower, solved)
+        system = lower.system(solved)
         if not (_tree.is_finite(system.matrix) and _tree.is_finite(upper_y)):
             return failed(oracle, x, y, Status.NONFINITE)
         p, q, residual = system.solve(upper_y)
