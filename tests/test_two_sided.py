@@ -9,7 +9,9 @@ import bilevel as bl
 from bilevel.testing.problems import quadratic, ridge
 
 
-@pytest.mark.parametrize("case", [quadratic(), quadratic(3, 6, 100.0, 4), ridge(20)], ids=str)
+@pytest.mark.parametrize(
+    "case", [quadratic(), quadratic(3, 6, 100.0, 4), ridge(20)], ids=lambda case: case.name
+)
 def test_bias_falls_a_hundredfold_where_the_multiplier_grows_tenfold(case: Any) -> None:
     x = case.x0 + 0.3
     exact = torch.func.grad(reduced(case.problem, case.y0))(x)

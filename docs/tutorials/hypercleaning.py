@@ -28,8 +28,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from figures import legend, panels, save
 from matplotlib.figure import Figure
+from plots import legend, panels, save
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn.functional import cross_entropy

@@ -23,8 +23,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from figures import legend, panels, save
 from matplotlib.figure import Figure
+from plots import legend, panels, save
 from sklearn.datasets import load_diabetes
 from sklearn.linear_model import lasso_path
 from sklearn.preprocessing import PolynomialFeatures

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from figures import legend, panels, save
 from folds import MARKERS, SOLVERS, Fit, Split, search, split, table, validation, weighted
 from matplotlib.figure import Figure
+from plots import legend, panels, save
 from sklearn.datasets import load_breast_cancer
 from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
 from sklearn.metrics import log_loss

@@ -19,9 +19,9 @@ import time
 from pathlib import Path
 
 import torch
-from figures import legend, panels, save
 from folds import MARKERS, SOLVERS, Fit, Split, search, split, table, validation, weighted
 from matplotlib.figure import Figure
+from plots import legend, panels, save
 from sklearn.datasets import load_diabetes
 from sklearn.linear_model import Ridge, RidgeCV
 from torch import Tensor

@@ -18,8 +18,8 @@ import itertools
 from pathlib import Path
 
 import torch
-from figures import legend, panels, save
 from matplotlib.figure import Figure
+from plots import legend, panels, save
 from torch import Tensor
 
 import bilevel as bl

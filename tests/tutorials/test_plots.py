@@ -3,21 +3,21 @@
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
-import figures
+import plots
 from matplotlib.figure import Figure
 
 
 def two_panels() -> Figure:
-    figure, both = figures.panels(2)
+    figure, both = plots.panels(2)
     for axes in both:
         axes.plot([0.1, 10.0], [1.0, 2.0], "o-", label="a < b & c")
-    figures.legend(figure, columns=1)
+    plots.legend(figure, columns=1)
     return figure
 
 
 def test_file_is_the_same_each_time(tmp_path: Path) -> None:
     for name in ("one.svg", "two.svg"):
-        figures.save(two_panels(), tmp_path / name)
+        plots.save(two_panels(), tmp_path / name)
     text = (tmp_path / "one.svg").read_text("utf-8")
     assert text == (tmp_path / "two.svg").read_text("utf-8")
     assert ET.fromstring(text).tag == "{http://www.w3.org/2000/svg}svg"
