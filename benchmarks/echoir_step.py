@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 import bilevel as bl
-from bilevel._memory import _LiveMemory
+from bilevel.diagnostics import LiveMemory
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "echoir"))
 
@@ -119,7 +119,7 @@ def stepping(run: Run):
 def live_memory(run: Run) -> int:
     """Bytes of the tensors that two steps make, as many as live at a time."""
     steps = stepping(run)
-    with _LiveMemory() as memory:
+    with LiveMemory() as memory:
         for _ in range(2):
             next(steps)
     return memory.peak

@@ -17,11 +17,19 @@ from bilevel.solvers import Solver
 _WEIGHED_STEPS = 2  # of a run of its own, in which memory is measured
 
 
-class _LiveMemory(TorchDispatchMode):
+class LiveMemory(TorchDispatchMode):
     """Measures, as a context, the bytes of the tensors that are made in it and live at a time.
 
     Attributes:
         peak: The largest number of them.
+
+    Example:
+        >>> import torch
+        >>> with LiveMemory() as memory:
+        ...     for _ in range(3):
+        ...         one = torch.zeros(100, dtype=torch.float64)
+        >>> memory.peak  # a new one is made while the one before lives
+        1600
     """
 
     def __init__(self) -> None:
@@ -48,7 +56,7 @@ class _LiveMemory(TorchDispatchMode):
 
 def live_memory(problem: BilevelProblem, solver: Solver, x0: Tree, y0: Tree) -> int:
     """Bytes of the tensors that the first two steps make on the full batch, as many as live at a time."""
-    with _LiveMemory() as memory:
+    with LiveMemory() as memory:
         for state in iterate(problem, solver, x0, y0):
             if state.step >= _WEIGHED_STEPS:
                 break

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bilevel import _tree
 from bilevel._errors import check_kind
+from bilevel._memory import LiveMemory as LiveMemory
 from bilevel._oracle import Oracle
 from bilevel._problem import BilevelProblem, ravel
 from bilevel._solution import Status, table

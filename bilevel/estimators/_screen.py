@@ -13,6 +13,7 @@ from bilevel import _tree
 _MOST = 6  # variables up to which so many points tell anything
 _POINTS = (128, 256)  # of one variable, and of more
 _REACH = 8.0  # how far they lie from the center at most, in units of y or of 1
+_NEIGHBORS = 4  # a variable, whom a low point lies below: enough to have some on every side
 _KEPT = 4  # starts at most
 
 
@@ -38,7 +39,7 @@ def low_points(value: Callable[[Tensor], float], y: Tensor) -> list[Tensor]:
     points = [y + offset.to(y) for offset in offsets]
     heights = torch.tensor([value(point) for point in points], dtype=torch.float64)
     heights = heights.nan_to_num(math.inf, math.inf, math.inf)
-    neighbors = torch.cdist(unit, unit).topk(1 + 2 * n, largest=False).indices
+    neighbors = torch.cdist(unit, unit).topk(1 + _NEIGHBORS * n, largest=False).indices
     is_low = (heights[:, None] <= heights[neighbors]).all(1) & heights.isfinite()
     lowest = heights.where(is_low, torch.full_like(heights, math.inf)).argsort()
     return [points[int(i)] for i in lowest[:_KEPT] if is_low[i]]
