@@ -190,7 +190,7 @@ def refuse_constraints(problem: BilevelProblem, name: str, allowed: tuple[str, .
     for kind in CONSTRAINTS:
         if getattr(problem, kind) is not None and kind not in allowed:
             raise ValueError(
-                f"`{name}` takes a domain of x, and no `BilevelProblem({kind}=...)` in this version. Got one. "
+                f"`{name}` takes a domain of x, and no `BilevelProblem({kind}=...)`. Got one. "
                 "Put bounds on x into `domain`, and a constraint on y into the objective as a penalty or a barrier, "
                 "or use `ASBLO()` on the full batch, which takes all kinds; `ImplicitKKT` takes lower ones."
             )

@@ -1,0 +1,156 @@
+"""Denoises crops of photographs by EchoIR, by CBM3D, by non-local means and by wavelets.
+
+    python benchmarks/denoise.py                               # the last run's weights on the photographs held out
+    python benchmarks/denoise.py --weights FILE --data FOLDER  # other weights, other photographs
+
+Crops of 256 x 256 pixels, side by side in the middle of each photograph. Gaussian noise of a seed for each crop,
+neither clipped nor rounded; the restored crop is rounded to 8 bits before it is measured. CBM3D (`pip install
+bm3d`), non-local means and wavelets (`pip install PyWavelets`) are told sigma; EchoIR is not. Prints PSNR and SSIM on
+RGB, and the seconds a crop.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from page import table
+
+ECHOIR = Path(__file__).resolve().parent.parent / "examples" / "echoir"
+sys.path.insert(0, str(ECHOIR))
+
+from ensemble import self_ensemble  # noqa: E402
+from noise import noise  # noqa: E402
+from photographs import bundled, load_image  # noqa: E402
+from scores import psnr, round8, ssim  # noqa: E402
+from weights import load_weights  # noqa: E402
+
+CROP = 256
+Denoiser = Callable[[np.ndarray, float], np.ndarray]  # (H, W, 3) and sigma in [0, 1] to (H, W, 3)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Compares denoisers on crops of photographs.
+
+    Attributes:
+        weights: of EchoIR, trained to denoise.
+        data: folder of clean photographs; those that come with packages and are held out, if none is given.
+        sigmas: standard deviations of the noise, in units of 1 / 255.
+        per_photograph: crops of one photograph at most.
+    """
+
+    weights: Path = Path("runs/echoir/weights.safetensors")
+    data: Path | None = None
+    sigmas: tuple[float, ...] = (15.0, 25.0, 50.0)
+    per_photograph: int = 2
+
+
+def crops(a: Arguments) -> list[np.ndarray]:
+    """Crops, float32 (256, 256, 3) in [0, 1]."""
+    if a.data is None:
+        images = [photograph.read().target for photograph in bundled().test]
+    else:
+        images = [load_image(path) for path in sorted(a.data.iterdir()) if path.is_file()]
+    found: list[np.ndarray] = []
+    for image in images:
+        height, width = image.shape[:2]
+        count = min(a.per_photograph, width // CROP)
+        top, left = (height - CROP) // 2, (width - count * CROP) // 2
+        for start in range(left, left + count * CROP, CROP):
+            crop = image[top : top + CROP, start : start + CROP]
+            if crop.shape[:2] == (CROP, CROP):
+                found.append(crop.astype(np.float32) / 255)
+    return found
+
+
+def echoir(path: Path, ensemble: bool) -> Denoiser:
+    net, _ = load_weights(path, torch.device("cpu"))
+
+    def alone(image: torch.Tensor) -> torch.Tensor:
+        return net(image[None])[0]
+
+    run = self_ensemble(alone) if ensemble else alone
+
+    def denoise(noisy: np.ndarray, _: float) -> np.ndarray:
+        with torch.no_grad():
+            restored = run(torch.from_numpy(noisy.transpose(2, 0, 1).copy()))
+        return restored.permute(1, 2, 0).numpy()
+
+    return denoise
+
+
+def peers() -> dict[str, Denoiser]:
+    """The denoisers that are not ours; CBM3D where its package is installed."""
+    from skimage.restoration import denoise_nl_means, denoise_wavelet
+
+    found: dict[str, Denoiser] = {}
+
+    def wavelets(noisy: np.ndarray, sigma: float) -> np.ndarray:
+        return denoise_wavelet(
+            noisy, sigma=sigma, channel_axis=2, convert2ycbcr=True, rescale_sigma=True
+        )
+
+    def non_local_means(noisy: np.ndarray, sigma: float) -> np.ndarray:
+        return denoise_nl_means(
+            noisy,
+            h=0.6 * sigma,
+            sigma=sigma,
+            patch_size=5,
+            patch_distance=6,
+            channel_axis=2,
+            fast_mode=True,
+        )
+
+    found["non-local means"] = non_local_means
+    if find_spec("pywt"):
+        found["wavelets"] = wavelets
+    if find_spec("bm3d"):
+        found["CBM3D"] = importlib.import_module("bm3d").bm3d_rgb
+    for name, package in (("wavelets", "PyWavelets"), ("CBM3D", "bm3d")):
+        if name not in found:
+            print(f"{name}: left out, for want of the package {package}")
+    return found
+
+
+def row(name: str, denoise: Denoiser, clean: list[np.ndarray], sigmas: tuple[float, ...]):
+    """PSNR and SSIM by sigma, means over the crops, and the seconds a crop."""
+    cells, started = [name], time.perf_counter()
+    for sigma in sigmas:
+        figures: list[tuple[float, float]] = []
+        for number, crop in enumerate(clean):
+            noisy = noise(crop, np.random.default_rng(number), sigma)
+            restored = np.asarray(denoise(noisy, sigma / 255), np.float32)
+            image, truth = (torch.from_numpy(i.transpose(2, 0, 1).copy()) for i in (restored, crop))
+            rounded = round8(image) if name != "noisy" else image
+            figures.append((psnr(rounded, truth), ssim(rounded, truth)))
+        mean = np.mean(figures, axis=0)
+        cells.append(f"{mean[0]:.2f} / {mean[1]:.3f}")
+    seconds = (time.perf_counter() - started) / (len(sigmas) * len(clean))
+    return [*cells, f"{seconds:.2f}" if name != "noisy" else ""]
+
+
+def main(a: Arguments):
+    torch.set_num_threads(1)
+    clean = crops(a)
+    methods: dict[str, Denoiser] = {"noisy": lambda noisy, _: noisy, **peers()}
+    methods["EchoIR"] = echoir(a.weights, ensemble=False)
+    methods["EchoIR, self-ensemble"] = echoir(a.weights, ensemble=True)
+    rows: list[list[str]] = []
+    for name, denoise in methods.items():
+        rows.append(row(name, denoise, clean, a.sigmas))
+        print("  ".join(rows[-1]), flush=True)
+    head = ["method", *(f"sigma {sigma:g}" for sigma in a.sigmas), "s a crop"]
+    print(f"\n{len(clean)} crops\n\n{table(head, rows)}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments))
