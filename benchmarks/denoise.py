@@ -24,14 +24,13 @@ import torch
 import tyro
 from page import table
 
-ECHOIR = Path(__file__).resolve().parent.parent / "examples" / "echoir"
-sys.path.insert(0, str(ECHOIR))
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "echoir"))
 
-from ensemble import self_ensemble  # noqa: E402
-from noise import noise  # noqa: E402
-from photographs import bundled, load_image  # noqa: E402
-from scores import psnr, round8, ssim  # noqa: E402
-from weights import load_weights  # noqa: E402
+from ensemble import self_ensemble
+from noise import noise
+from photographs import bundled, load_image
+from scores import psnr, round8, ssim
+from weights import load_weights
 
 CROP = 256
 Denoiser = Callable[[np.ndarray, float], np.ndarray]  # (H, W, 3) and sigma in [0, 1] to (H, W, 3)

@@ -18,16 +18,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "echoir"
-sys.path.insert(0, str(EXAMPLE))
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "echoir"))
 
-from degradations import degradation, one_sigma  # noqa: E402
-from model import PRESETS, EchoIR  # noqa: E402
-from photographs import bundled  # noqa: E402
-from scores import psnr  # noqa: E402
-from tiles import cut, restore  # noqa: E402
-from weights import load_weights, save_weights  # noqa: E402
+from degradations import degradation, one_sigma
+from model import PRESETS, EchoIR
+from photographs import bundled
+from scores import psnr
+from tiles import cut, restore
+from weights import load_weights, save_weights
 
+RESTORE = Path(__file__).parents[1] / "examples" / "echoir" / "restore.py"
 CPU = torch.device("cpu")
 SIZE = (3000, 4000)
 TILES, OVERLAP = (128, 152, 176), 64  # small, for many borders
@@ -47,7 +47,7 @@ def peak(weights: Path, *options: str) -> tuple[float, float]:
             weights,
         ]
         process = subprocess.Popen(
-            [sys.executable, EXAMPLE / "restore.py", *words, *options], stdout=subprocess.DEVNULL
+            [sys.executable, RESTORE, *words, *options], stdout=subprocess.DEVNULL
         )
         _, status, usage = os.wait4(process.pid, 0)
         if status:

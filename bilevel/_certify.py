@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bilevel import _tree
 from bilevel._oracle import Oracle
-from bilevel._problem import CONSTRAINTS, BilevelProblem, excess, ravel
+from bilevel._problem import CONSTRAINTS, BilevelProblem, constrains_lower, excess, ravel
 from bilevel._solution import Certificate, Status
 from bilevel._types import Tree
 from bilevel.estimators._constraints import constraint_values, fit_multipliers, linearize, positive
@@ -168,7 +168,7 @@ def _lower_gradient(
     """f, the norm of its gradient less what the nearly active constraints hold, and whether that is known."""
     value, grad = oracle.lower_grad_y(x, y)
     problem, is_fitted = oracle.problem, True
-    if problem.lower_constraint or problem.lower_equality:
+    if constrains_lower(problem):
         held = linearize(problem, "lower_constraint", x, y, data)
         equal = linearize(problem, "lower_equality", x, y, data)
         near = held.value >= -_STEP * size * linalg.vector_norm(held.in_y, dim=1)

@@ -220,6 +220,11 @@ def data_of(name: str, data: Any) -> Any:
     return parts.upper if name.startswith("upper") else parts.lower
 
 
+def constrains_lower(problem: BilevelProblem) -> bool:
+    """Whether the lower level has constraints."""
+    return bool(problem.lower_constraint or problem.lower_equality)
+
+
 def ravel(
     problem: BilevelProblem, x: Tree, y: Tree
 ) -> tuple[
@@ -359,6 +364,11 @@ def vector(value: Any, name: str) -> Tensor:
     return value.reshape(-1)
 
 
+def constraint_value(problem: BilevelProblem, name: str, x: Tree, y: Tree, data: Any) -> Tensor:
+    """The constraint `name` of a problem that has it, on the data of its level, as a vector."""
+    return vector(getattr(problem, name)(x, y, data_of(name, data)), name)
+
+
 def check_size(value: Tensor, before: Tensor, name: str) -> None:
     """Raises unless the constraint `name` has as many entries as at a call before."""
     if value.numel() != before.numel():
@@ -381,7 +391,7 @@ def violated(problem: BilevelProblem, x: Tree, y: Tree, data: Any) -> str:
         if getattr(problem, name) is None:
             continue
         with torch.no_grad():
-            value = vector(getattr(problem, name)(x, y, data_of(name, data)), name)
+            value = constraint_value(problem, name, x, y, data)
         much = float(excess(value, name).max()) if value.numel() else 0.0
         if much > worst:
             rule = "== 0" if name.endswith("equality") else "<= 0"

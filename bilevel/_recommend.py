@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bilevel import _tree
 from bilevel._oracle import Oracle
-from bilevel._problem import CONSTRAINTS, BilevelProblem, ravel
+from bilevel._problem import CONSTRAINTS, BilevelProblem, constrains_lower, ravel
 from bilevel._solution import Status, table
 from bilevel._types import Tree
 from bilevel.estimators import Implicit, ImplicitKKT, check_problem
@@ -173,7 +173,7 @@ class _Probe:
         step. A kink `holds_y` where f rises on both sides: others may pass near a minimum by chance.
         """
         problem = self._oracle.problem
-        if problem.lower_constraint or problem.lower_equality:
+        if constrains_lower(problem):
             return ""
         eps = torch.finfo(y.dtype).eps
         step = max(1e-4, eps ** (1.0 / 3.0)) * size
@@ -303,7 +303,7 @@ class _Probe:
             values = linalg.eigvalsh(hessian)
             return float(values[0]), float(values[-1])
         generator = torch.Generator().manual_seed(0)
-        v = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
+        v = _tree.normal_like(y, generator)
         basis, columns = [v / _tree.length(v)], list[Tensor]()
         for _ in range(_PROBES):  # all products are kept orthogonal: there are few
             columns.append(linear.hvp(basis[-1]))

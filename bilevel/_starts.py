@@ -77,8 +77,7 @@ def _perturbed(tree: Tree, radius: float, generator: torch.Generator) -> Tree:
     size = radius * max(1.0, _tree.rms(tree))
 
     def moved(leaf: Tensor) -> Tensor:
-        noise = torch.randn(leaf.shape, generator=generator, dtype=torch.float64)
-        return leaf.detach() + size * noise.to(leaf)
+        return leaf.detach() + size * _tree.normal_like(leaf, generator)
 
     return _tree.map_leaves(moved, tree)
 

@@ -59,6 +59,11 @@ def detach(tree: Tree) -> Tree:
     return unflatten_like(tree, [leaf.detach().clone() for leaf in leaves(tree)])
 
 
+def normal_like(leaf: Tensor, generator: torch.Generator) -> Tensor:
+    """Normal numbers of the shape, dtype and device of `leaf`, the same ones in every dtype and on every device."""
+    return torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf)
+
+
 def zeros_like(tree: Tree) -> Tree:
     """Zeros of the structure, shapes, dtypes and devices of `tree`."""
     return map_leaves(torch.zeros_like, tree)

@@ -14,7 +14,7 @@ from bilevel import _tree
 from bilevel._errors import check_kind
 from bilevel._memory import LiveMemory as LiveMemory
 from bilevel._oracle import Oracle
-from bilevel._problem import BilevelProblem, ravel
+from bilevel._problem import BilevelProblem, constrains_lower, ravel
 from bilevel._solution import Status, table
 from bilevel._types import Tree
 from bilevel.estimators import Estimator, Implicit, check_problem, refuse_constraints
@@ -207,7 +207,7 @@ class _Lower:
             step = over_vectors(self._condition, self._problem)
             reached = self._condition.solve(lambda v: self._oracle.mapped(step, x, v), y, 0.0)
             return (reached.y if reached.status is Status.CONVERGED else None), reached.status
-        if self._problem.lower_constraint or self._problem.lower_equality:
+        if constrains_lower(self._problem):
             point = ConstrainedLower(self._oracle, x, self._data, self._size).solve(y)
             return (point.y if point.status is Status.CONVERGED else None), point.status
         lower = RegularizedLower(self._oracle, x, 0.0)

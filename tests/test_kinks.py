@@ -171,15 +171,16 @@ def test_pessimistic_answer_at_a_kink() -> None:
 
 # ------------------------------------------------------------------ not tested
 
+HELD = bl.BilevelProblem(
+    toward_one,
+    lambda x, y, data: (y - x).abs().sum(),
+    upper_equality=lambda x, y, data: x.sum() - 1.0,
+)
+
 
 def test_upper_constraint_that_forbids_directions_leaves_a_kink_untested() -> None:
     """F might still fall along the constraint, between the directions that were tried."""
-    held = bl.BilevelProblem(
-        toward_one,
-        lambda x, y, data: (y - x).abs().sum(),
-        upper_equality=lambda x, y, data: x.sum() - 1.0,
-    )
-    found = bl.certify(held, vector(0.5, 0.5), vector(0.5, 0.5))
+    found = bl.certify(HELD, vector(0.5, 0.5), vector(0.5, 0.5))
     assert found.problems == ()
     assert not found.is_trusted
     assert found.verdict.startswith("not tested: whether the upper level is stationary")
@@ -211,12 +212,7 @@ def test_lower_solves_that_run_out_of_steps_are_not_nothing_wrong(
 
 
 def test_solution_prints_what_was_not_tested() -> None:
-    held = bl.BilevelProblem(
-        toward_one,
-        lambda x, y, data: (y - x).abs().sum(),
-        upper_equality=lambda x, y, data: x.sum() - 1.0,
-    )
-    certificate = bl.certify(held, vector(0.5, 0.5), vector(0.5, 0.5))
+    certificate = bl.certify(HELD, vector(0.5, 0.5), vector(0.5, 0.5))
     state = bl.State(vector(0.5, 0.5), vector(0.5, 0.5), status=bl.Status.MAX_STEPS)
     solution = bl.Solution(
         x=state.x,

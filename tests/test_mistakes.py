@@ -532,22 +532,13 @@ def test_whole_numbers_of_numpy_are_numbers() -> None:
     assert found.steps == 3
 
 
-def test_y_that_only_an_upper_constraint_uses_is_used() -> None:
-    """min |x - 1|^2 under y <= 0.5 with y = 2 x: x = 0.25."""
+@pytest.mark.parametrize("name", ["upper_constraint", "upper_equality"])
+def test_y_that_only_an_upper_constraint_uses_is_used(name: str) -> None:
+    """min |x - 1|^2 under y <= 0.5, or y = 0.5, with y = 2 x: x = 0.25."""
     problem = bl.BilevelProblem(
         lambda x, y, data: ((x - 1.0) ** 2).sum(),
         lambda x, y, data: ((y - 2.0 * x) ** 2).sum(),
-        upper_constraint=lambda x, y, data: y - 0.5,
-    )
-    x0, y0 = torch.zeros(1).double(), torch.zeros(1).double()
-    assert float(bl.solve(problem, bl.ASBLO(), x0, y0, max_steps=500).x) == pytest.approx(0.25)
-
-
-def test_y_that_only_an_upper_equality_uses_is_used() -> None:
-    problem = bl.BilevelProblem(
-        lambda x, y, data: ((x - 1.0) ** 2).sum(),
-        lambda x, y, data: ((y - 2.0 * x) ** 2).sum(),
-        upper_equality=lambda x, y, data: y - 0.5,
+        **{name: lambda x, y, data: y - 0.5},
     )
     x0, y0 = torch.zeros(1).double(), torch.zeros(1).double()
     assert float(bl.solve(problem, bl.ASBLO(), x0, y0, max_steps=500).x) == pytest.approx(0.25)

@@ -20,13 +20,12 @@ from bilevel._problem import (
     CONSTRAINTS,
     BilevelProblem,
     check_size,
-    data_of,
+    constraint_value,
     lower_value,
     projected_by,
     ravel,
     scalar,
     split_data,
-    vector,
 )
 from bilevel._solution import Evaluations, Status
 from bilevel._types import Tree
@@ -261,7 +260,7 @@ def _total(problem: BilevelProblem, name: str, data: Any, x: Tree, y: Tree) -> T
     """The sum of a constraint, after a look at its entries."""
 
     def entries() -> Tensor:
-        return vector(getattr(problem, name)(x, y, data_of(name, data)), name)
+        return constraint_value(problem, name, x, y, data)
 
     value = entries()
     check_size(entries(), value, name)

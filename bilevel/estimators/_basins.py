@@ -50,7 +50,7 @@ def explore(oracle: Oracle, x: Tensor, y: Tensor, minimizer: Minimizer, seed: in
     nearest, nearest_y, lowest, lowest_y, height = math.inf, y, math.inf, y, 0.0
     noises = torch.randn(_AROUND, y.numel(), generator=generator, dtype=torch.float64).to(y)
     starts = [y, *(y + 2.0 ** (i - 3) * size * noises[i] for i in range(1, _AROUND))]
-    starts += low_points(lambda v: float(oracle.lower(x, v)), y)
+    starts += low_points(oracle, x, y)
     for number, point in enumerate(starts):
         lower = RegularizedLower(oracle, x, 0.0, hessian)
         start = lower.evaluate(point)

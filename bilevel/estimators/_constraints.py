@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bilevel import _autodiff, _tree
-from bilevel._problem import BilevelProblem, data_of, vector
+from bilevel._problem import BilevelProblem, constraint_value
 from bilevel.estimators._numpy import to_numpy
 
 linalg: Any = torch.linalg  # its stubs are untyped
@@ -30,10 +30,9 @@ def constraint_values(
     Raises:
         ObjectiveError: It returns no floating tensor.
     """
-    fun = getattr(problem, name)
-    if fun is None:
+    if getattr(problem, name) is None:
         return y.new_zeros(0)
-    return vector(fun(x, y, data_of(name, data)), name).to(y.dtype)
+    return constraint_value(problem, name, x, y, data).to(y.dtype)
 
 
 def linearize(problem: BilevelProblem, name: str, x: Tensor, y: Tensor, data: Any) -> Linearized:

@@ -54,7 +54,7 @@ def minimize(
     reach = size * math.sqrt(y.numel())
     value, here = value_of(y), y
     for _ in range(_RESTARTS):
-        start = here + first_step * size * _noise(here, generator)
+        start = here + first_step * size * _tree.normal_like(here, generator)
         found, found_value = _quasi_newton(fun, start, first_step * reach)
         if found_value < value or not math.isfinite(value):
             here, value = found, found_value
@@ -65,10 +65,6 @@ def minimize(
             return Reached(here, value, is_minimum=True)
         here, value = lower
     return Reached(here, value, is_minimum=False)
-
-
-def _noise(y: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
 
 
 def _quasi_newton(fun: ValueAndGradient, y: Tensor, first_step: float) -> tuple[Tensor, float]:
@@ -138,7 +134,7 @@ def _poll(
     """A lower point around y, by values alone, or None."""
     noise = rounding(value, y.dtype)
     for radius in _POLL:
-        shifts = [radius * size * _noise(y, generator) for _ in range(_POLLED)]
+        shifts = [radius * size * _tree.normal_like(y, generator) for _ in range(_POLLED)]
         points = [y + sign * shift for shift in shifts for sign in (1.0, -1.0)]
         values = [value_of(point) for point in points]
         finite = [v for v in values if math.isfinite(v)]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel import _tree
 from bilevel._oracle import Oracle
 from bilevel._solution import Status
 from bilevel.estimators._directions import Optimum
@@ -47,8 +48,7 @@ class OptimalValue:
         self._units, self._sign, self._is_feasible = units, sign, is_feasible
         self._is_smooth = local.is_smooth  # until a solve ends at a kink
         generator = torch.Generator().manual_seed(0)  # the same starts at every call
-        noise = torch.randn(local.y.shape, generator=generator, dtype=torch.float64).to(local.y)
-        self._shift = _ELSEWHERE * units.step * units.y * noise
+        self._shift = _ELSEWHERE * units.step * units.y * _tree.normal_like(local.y, generator)
 
     def __call__(self, x: Tensor) -> Optimum | None:
         """See `Solve`."""

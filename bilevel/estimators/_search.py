@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bilevel import _tree
 from bilevel._oracle import CountedGradient, Oracle
+from bilevel._problem import constrains_lower
 from bilevel._solution import Status
 from bilevel.estimators._gap import RegularizedLower, rounding
 from bilevel.estimators._kkt import ConstrainedLower
@@ -65,8 +66,7 @@ class LowerSolver:
     def __init__(
         self, oracle: Oracle, x: Tensor, data: Any, size: float, *, is_smooth: bool = True
     ) -> None:
-        problem = oracle.problem
-        self.constrained = bool(problem.lower_constraint or problem.lower_equality)
+        self.constrained = constrains_lower(oracle.problem)
         self.kkt = ConstrainedLower(oracle, x, data, size)
         self._oracle, self._x = oracle, x
         self._hessian: Tensor | None = None
@@ -133,11 +133,11 @@ class Search:
     lowest: Local
     minima: tuple[Local, ...]
     starts: int
-    lower_size: float
-    same: float
-    upper_size: float
-    lower_far: float
-    upper_far: float
+    lower_size: float = 0.0
+    same: float = 0.0
+    upper_size: float = 0.0
+    lower_far: float = 0.0
+    upper_far: float = 0.0
 
 
 def search(oracle: Oracle, x: Tensor, y: Tensor, data: Any, size: float, sign: float) -> Search:
@@ -154,7 +154,7 @@ def search(oracle: Oracle, x: Tensor, y: Tensor, data: Any, size: float, sign: f
     solver = LowerSolver(oracle, x, data, size)
     nearest = solver.solve(y)
     if nearest.status in (Status.NONFINITE, Status.LOWER_UNBOUNDED):
-        return Search(nearest, nearest, (nearest,), 1, 0.0, 0.0, 0.0, 0.0, 0.0)
+        return Search(nearest, nearest, (nearest,), 1)
     starts = _around(y, size)
     units = starts[:3]  # the radii up to one unit
     lower_size = _range([abs(float(oracle.lower(x, v)) - nearest.value) for v in units])
@@ -172,8 +172,7 @@ def search(oracle: Oracle, x: Tensor, y: Tensor, data: Any, size: float, sign: f
         upper_far = _range([upper_size, abs(float(oracle.upper(x, far[-1])) - upper)])
     if y.numel() <= SMALL:
         starts = [*starts, _toward_upper(oracle, x, nearest.y, size, sign)]
-        if not solver.constrained:
-            starts += low_points(lambda v: float(oracle.lower(x, v)), nearest.y)
+        starts += low_points(oracle, x, nearest.y)
     else:
         starts = starts[::3] if y.numel() <= MEDIUM else []
     found, lowest, solves = [nearest], nearest, 1

@@ -254,8 +254,7 @@ class UpperLevel:
     def _has_kink(self) -> bool:
         """Whether f around y is not curved as its Hessian there says."""
         generator = torch.Generator().manual_seed(0)  # the same direction at every call
-        noise = torch.randn(self._y.shape, generator=generator, dtype=torch.float64).to(self._y)
-        step = self._units.step * self._units.y * noise
+        step = self._units.step * self._units.y * _tree.normal_like(self._y, generator)
         hvp = self._oracle.linearized(self._x, self._y).hvp
         curved = float(step @ hvp(step))
         values = [float(self._oracle.lower(self._x, self._y + t * step)) for t in (1.0, -1.0, 0.0)]

@@ -147,18 +147,18 @@ def _along_the_path(
     if moved.status in _ENDED_WITH_AN_ANSWER:
         oracle = Oracle(flat)
         basins = explore(oracle, moved.x, moved.y, sequence.minimizer, seed=2)
+        is_answer = not (basins.lowest < basins.nearest or moved.status.is_failure)
+        if is_answer:
+            state = _on_the_lower_solution(oracle, state, basins)
         state = replace(state, evaluations=state.evaluations + oracle.evaluations)
-        if basins.lowest < basins.nearest or moved.status.is_failure:
-            return _with_starts(sequence, flat, state, units)
-        state = _on_the_lower_solution(oracle, state, basins)
-        state = replace(state, evaluations=moved.evaluations + oracle.evaluations)
+        return state if is_answer else _with_starts(sequence, flat, state, units)
     return state
 
 
 def _on_the_lower_solution(oracle: Oracle, state: State, basins: Basins) -> State:
     """The state with y moved over what the slack of the last stage left it short of the lower solution."""
     y = basins.nearest_y
-    if _tree.length(y - state.y) > _POLISH * max(_tree.length(y), 1e-3 * math.sqrt(y.numel())):
+    if _tree.length(y - state.y) > _POLISH * _sequential.extent(y):
         return state
     upper, lower = float(oracle.upper(state.x, y)), basins.nearest
     if not math.isfinite(upper):
@@ -250,7 +250,7 @@ def _start(
     generator = torch.Generator().manual_seed(number)
     x, y = memory["start" if number % 2 else "end"]
     size = distance * (1.0 + float(torch.cat([x, y]).abs().max()))
-    x, y = (v + size * _noise(v, generator) for v in (x, y))
+    x, y = (v + size * _tree.normal_like(v, generator) for v in (x, y))
     x = projected_by(flat.domain, x)
     if is_solved:
         drop, where = form.drop(x, y, [y])
@@ -265,9 +265,8 @@ def _judged(
     x, y = point.x, point.y
     generator = torch.Generator().manual_seed(0)
     size = 1.0 + float(y.abs().max())
-    around = [y + distance * size * _noise(y, generator) for distance in _AROUND]
-    if not (oracle.problem.lower_constraint or oracle.problem.lower_equality):
-        around += low_points(lambda v: float(oracle.lower(x, v)), y)
+    around = [y + distance * size * _tree.normal_like(y, generator) for distance in _AROUND]
+    around += low_points(oracle, x, y)
     lower = float(oracle.lower(x, y))
     drop, where = form.drop(x, y, [y, *cuts[-3:], *around])
     # what rounding can explain is no gap; without any feasible lower point, no y is a solution
@@ -277,7 +276,3 @@ def _judged(
     overtaken = is_other and gap > _TIE
     answer = Answer(x, y, float(oracle.upper(x, y)), lower, gap, form.violation(x, y), overtaken)
     return answer, where if (overtaken or gap > _GAP) and gap < math.inf else None
-
-
-def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bilevel import _autodiff
-from bilevel._problem import CONSTRAINTS, BilevelProblem, Box, excess, lower_value, vector
+from bilevel._problem import CONSTRAINTS, BilevelProblem, Box, constraint_value, excess, lower_value
 from bilevel._solution import Evaluations
 from bilevel.estimators import _slsqp
 from bilevel.estimators._gap import rounding
@@ -84,10 +84,10 @@ class KKTForm:
         return self._units.constraints[name].numel() if name in self._units.constraints else 0
 
     def _constraint(self, name: str, x: Tensor, y: Tensor) -> Tensor:
-        fun = getattr(self._problem, name)
-        if fun is None:
+        if getattr(self._problem, name) is None:
             return x.new_zeros(0)
-        return vector(fun(x, y, None), name) / self._units.constraints[name]
+        value = constraint_value(self._problem, name, x, y, None)
+        return value / self._units.constraints[name]
 
     def _lower_value(self, x: Tensor, y: Tensor) -> Tensor:
         return lower_value(self._problem, x, y, None) / self._units.lower

@@ -183,13 +183,13 @@ def _close_stage(
     k, (lower_unit, _, _) = memory["stage"], memory["units"]
     before: dict[str, Any] | None = memory.get("before")
     multiplier = estimate.info["multiplier"]
-    size = _size(x)
+    size = extent(x)
     error, relative = math.inf, math.inf
     if before is not None and before["multiplier"] < multiplier:
         ratio = before["multiplier"] / multiplier
         moved_x, moved_y = _tree.length(x - before["x"]), _tree.length(y - before["y"])
         error = moved_x * ratio / (1.0 - ratio)
-        relative = max(moved_x / size, moved_y / _size(y)) * ratio / (1.0 - ratio)
+        relative = max(moved_x / size, moved_y / extent(y)) * ratio / (1.0 - ratio)
     # lambda ~ epsilon^(-1/2): its error 1/lambda and its noise lambda times the rounding error meet at eps.
     eps = torch.finfo(x.dtype).eps
     resolution = max(eps * lower_unit, _ROUNDING * estimate.info["gap_noise"])
@@ -214,7 +214,8 @@ def _close_stage(
     return Status.RUNNING, ""
 
 
-def _size(v: Tensor) -> float:
+def extent(v: Tensor) -> float:
+    """The length of a variable, a thousandth of that of ones at least: what its errors are relative to."""
     return max(_tree.length(v), 1e-3 * math.sqrt(v.numel()))
 
 

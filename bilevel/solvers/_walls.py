@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bilevel import _tree
 from bilevel._oracle import Oracle
-from bilevel._problem import CONSTRAINTS, BilevelProblem, lower_value, vector
+from bilevel._problem import CONSTRAINTS, BilevelProblem, constraint_value, lower_value
 from bilevel.barriers import log_rational, relaxed
 from bilevel.estimators._constraints import linearize, positive
 
@@ -75,10 +75,9 @@ def walled(problem: BilevelProblem, units: Units, stage: int) -> BilevelProblem:
     barrier = relaxed(log_rational(), delta)
 
     def cost(name: str, x: Tensor, y: Tensor, data: Any) -> Tensor | float:
-        fun = getattr(problem, name)
-        if fun is None:
+        if getattr(problem, name) is None:
             return 0.0
-        value = vector(fun(x, y, data), name) / units.constraints[name]
+        value = constraint_value(problem, name, x, y, data) / units.constraints[name]
         if name.endswith("equality"):
             return (value**2).sum() / (2.0 * sigma)
         return barrier.value(value, sigma).sum()

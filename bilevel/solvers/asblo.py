@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from bilevel._errors import check_count, check_kind
-from bilevel._problem import BilevelProblem
+from bilevel._problem import BilevelProblem, constrains_lower
 from bilevel._solution import State
 from bilevel._types import Schedule, Tree
 from bilevel.barriers import Barrier, log_rational
@@ -168,7 +168,7 @@ class ASBLO(Solver):
         """See `Solver.init`."""
         if full_batch:
             self._check_schedules_fall()
-            if self.pessimistic and (problem.lower_constraint or problem.lower_equality):
+            if self.pessimistic and constrains_lower(problem):
                 raise ValueError(
                     "`ASBLO(pessimistic=True)` must have a lower level without constraints. Got `lower_constraint` or "
                     "`lower_equality`. Put them into f as a penalty, or solve the optimistic form."
