@@ -159,6 +159,7 @@ def step(loop: SingleLoop, problem: BilevelProblem, state: State, data: Any) -> 
             "hypergradient": norm,
             "sigma": numbers.sigma,
             "mu": numbers.mu,
+            "theta": _theta(numbers, weight),
             "epsilon": numbers.epsilon,
         },
         memory={
@@ -214,14 +215,17 @@ def _pull(numbers: _Numbers, weight: _Weight, upper_y: Tree, lower_y: Tree) -> t
 
     alpha_y = 1 / (L_F + lambda L_f + P'' |grad f|^2), with L_F = 1 / lr_y and L_f = 1 / lr_z.
     """
-    theta = weight.value * numbers.mu if numbers.theta is None else numbers.theta
     grad = _tree.axpy(weight.value, lower_y, upper_y)
     ratio = (
         numbers.rate_y / numbers.rate_z if numbers.rate_z > 0.0 else 1.0
     )  # schedules may end at 0
     stiffness = 1.0 + weight.value * ratio
     stiffness = stiffness + numbers.rate_y * weight.curvature * _tree.vdot(lower_y, lower_y)
-    return _tree.scale(1.0 / stiffness, grad), theta / stiffness
+    return _tree.scale(1.0 / stiffness, grad), _theta(numbers, weight) / stiffness
+
+
+def _theta(numbers: _Numbers, weight: _Weight) -> float | Tensor:
+    return weight.value * numbers.mu if numbers.theta is None else numbers.theta
 
 
 def _moved(

@@ -5,7 +5,6 @@ Two levels: ASBLO, and other methods of the library for comparison. One level: A
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from arguments import Arguments, Polynomial
@@ -92,7 +91,7 @@ def training_runs(
         return {size: PatchSampler(photographs, degrade, size, device) for size in stages.patches}
 
     training, validation = samplers(data.train), samplers(data.validation)
-    everything = samplers(data.train + data.validation)
+    everything = samplers(data.train + data.validation) if "single-level" in methods else {}
     upper, lower = objectives(a.lower, alpha=a.alpha, amp=a.amp)
     if a.compile:  # a copy: whole photographs, each of its own size, would be compiled one by one
         net = copy.deepcopy(net)
@@ -137,25 +136,11 @@ def training_runs(
             batch=one_level if name == "single-level" else two_levels,
             psnr=psnr,
             keep=lambda state, best, name=name: keep(name, state, best),
-            facts=lambda done, state: {"lr": rate(done)(state.step - 1), **_theta(a, state)},
+            facts=lambda done, state: {"lr": rate(done)(state.step - 1)},
             folder=a.output / name,
             device=device,
             ema=a.ema,
             look_every=a.look_every,
         )
         for name in methods
-    }
-
-
-def _theta(a: Arguments, state: bl.State) -> dict[str, Any]:
-    """ASBLO's weight of |y|^2 / 2 in the last step: by its schedule in the problem's units, or lambda mu."""
-    if "mu" not in state.metrics:
-        return {}
-    if a.theta is None:
-        return {"theta": float(state.metrics["multiplier"]) * state.metrics["mu"]}
-    _, upper, square = state.memory["units"]
-    return {
-        "theta": bl.schedules.polynomial(*a.theta[:2], scale=a.theta[2])(state.step - 1)
-        * upper
-        / square
     }
