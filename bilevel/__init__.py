@@ -1,6 +1,7 @@
 """Bi-level optimization for PyTorch."""
 
 from bilevel import barriers, fixed_points, linear, optim, schedules
+from bilevel._box import Box
 from bilevel._certify import certify
 from bilevel._checkpoint import load_state, save_state
 from bilevel._compare import Comparison, Run, compare
@@ -15,7 +16,7 @@ from bilevel._errors import (
     UnboundedError,
 )
 from bilevel._module import from_module, update_module
-from bilevel._problem import Batch, BilevelProblem, Box
+from bilevel._problem import Batch, BilevelProblem
 from bilevel._recommend import Recommendation, recommend
 from bilevel._solution import Certificate, Evaluations, Solution, State, Status
 from bilevel._solve import iterate, solve

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from bilevel import _tree
 from bilevel._oracle import Oracle
-from bilevel._problem import CONSTRAINTS, BilevelProblem, constrains_lower, excess, ravel
+from bilevel._problem import CONSTRAINTS, BilevelProblem, constrains_lower, ravel
+from bilevel._returned import excess
 from bilevel._solution import Certificate, Status
 from bilevel._types import Tree
 from bilevel.estimators._constraints import constraint_values, fit_multipliers, linearize, positive

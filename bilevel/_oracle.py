@@ -11,7 +11,8 @@ from torch import Tensor
 
 from bilevel import _autodiff
 from bilevel._autodiff import LinearizedGradient, LinearizedMap
-from bilevel._problem import BilevelProblem, samples, scalar, split_data
+from bilevel._problem import BilevelProblem, split_data
+from bilevel._returned import samples, scalar
 from bilevel._solution import Evaluations
 from bilevel._types import Tree
 

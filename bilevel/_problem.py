@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from bilevel import _tree
-from bilevel._errors import ObjectiveError, StructureError, check_kind
+from bilevel._box import Box
+from bilevel._errors import ObjectiveError, check_kind
+from bilevel._returned import check_size, excess, samples, scalar, vector
 from bilevel._types import Objective, Projection, Tree
 
 #: The constraints of a problem, by the name of their field.
@@ -35,99 +37,6 @@ class Batch(NamedTuple):
 
     upper: Any = None
     lower: Any = None
-
-
-@dataclass(frozen=True, eq=False)
-class Box:
-    """The set `low <= x <= high`; calling it projects a tree of tensors onto the set.
-
-    Attributes:
-        low: Lower bound: a number, a tensor that broadcasts to x, or a tree like x. `-inf` is allowed.
-        high: Upper bound, likewise. `+inf` is allowed.
-
-    Raises:
-        ValueError: `low` lies above `high` somewhere, or one of them is NaN.
-        TypeError: A bound is neither a number, nor a tensor, nor a tree of them.
-        StructureError: The bounds do not fit each other.
-
-    Example:
-        >>> Box(0.0, 1.0)(torch.tensor([-2.0, 0.5, 2.0]))
-        tensor([0.0000, 0.5000, 1.0000])
-    """
-
-    low: Tree = -float("inf")
-    high: Tree = float("inf")
-
-    def __post_init__(self) -> None:
-        lows, highs = _leaves_of_bound(self.low, "low"), _leaves_of_bound(self.high, "high")
-        if len(lows) > 1 and len(highs) > 1 and _tree.names(self.low) != _tree.names(self.high):
-            raise StructureError(
-                "`Box(low=..., high=...)` must have two bounds of one structure. "
-                f"Got {_tree.names(self.low)} and {_tree.names(self.high)}. Give both for the same leaves."
-            )
-        for low, high in zip(lows * len(highs), highs * len(lows), strict=True):
-            try:
-                ordered = bool(torch.all(low <= high))
-            except RuntimeError as error:
-                raise StructureError(
-                    "`Box(low=..., high=...)` must have bounds that broadcast to each other. "
-                    f"Got shapes {tuple(low.shape)} and {tuple(high.shape)}. Use a number or the shape of x."
-                ) from error
-            if not ordered:
-                raise ValueError(
-                    f"`Box(low=..., high=...)` must have low <= high. Got low={self.low}, high={self.high}. "
-                    "Swap or widen the bounds."
-                )
-
-    def __call__(self, x: Tree) -> Tree:
-        lows, highs = map(_tree.leaves, self.bounds(x))
-        triples = zip(_tree.leaves(x), lows, highs, strict=True)
-        return _tree.unflatten_like(
-            x, [torch.maximum(torch.minimum(leaf, high), low) for leaf, low, high in triples]
-        )
-
-    def bounds(self, x: Tree) -> tuple[Tree, Tree]:
-        """The two bounds as trees of tensors with the structure and shapes of `x`."""
-        return _spread(self.low, x, "low"), _spread(self.high, x, "high")
-
-
-def _leaves_of_bound(bound: Tree, name: str) -> list[Tensor]:
-    parts: list[Any] = list(_tree.leaves(bound))
-    for part in parts:
-        if not isinstance(part, Tensor | int | float):
-            raise TypeError(
-                f"`Box({name}=...)` must be a number, a tensor, or a tree of them. "
-                f"Got {type(part).__name__}. Pass e.g. 0.0, or a tensor like x."
-            )
-    # numbers in float64, so that none is rounded before the dtype of x is known
-    return [
-        part if isinstance(part, Tensor) else torch.tensor(part, dtype=torch.float64)
-        for part in parts
-    ]
-
-
-def _spread(bound: Tree, x: Tree, name: str) -> Tree:
-    parts = _leaves_of_bound(bound, name)
-    targets = _tree.leaves(x)
-    if isinstance(bound, Tensor | int | float):
-        parts = parts * len(targets)
-    elif _tree.names(bound) != _tree.names(x):
-        raise StructureError(
-            f"`Box({name}=...)` must be a number, a tensor, or a tree like x with the leaves "
-            f"{_tree.names(x)}. Got {_tree.names(bound)}. Give one bound for each leaf of x."
-        )
-    try:
-        spread = [
-            part.to(dtype=leaf.dtype, device=leaf.device).expand(leaf.shape)
-            for part, leaf in zip(parts, targets, strict=True)
-        ]
-    except RuntimeError as error:
-        raise StructureError(
-            f"`Box({name}=...)` must broadcast to the shape of x. "
-            f"Got {[tuple(part.shape) for part in parts]} for x of "
-            f"{[tuple(leaf.shape) for leaf in targets]}. Use a number or the shape of x."
-        ) from error
-    return _tree.unflatten_like(x, spread)
 
 
 @dataclass(frozen=True)
@@ -303,85 +212,15 @@ def projected_by(domain: Projection | None, x: Tree) -> Tree:
     return image
 
 
-def scalar(value: Any, name: str) -> Tensor:
-    """`value` if it is a scalar floating tensor.
-
-    Raises:
-        ObjectiveError: It is not; the message names the function and the mend.
-    """
-    rule = f"`BilevelProblem({name}=...)` must return a scalar tensor."
-    if not isinstance(value, Tensor):
-        raise ObjectiveError(
-            f"{rule} Got {type(value).__name__}. Compute it with torch, and return the tensor."
-        )
-    if value.numel() != 1:
-        raise ObjectiveError(
-            f"{rule} Got shape {tuple(value.shape)}. Reduce it, e.g. with `.sum()`."
-        )
-    if not value.is_floating_point():
-        raise ObjectiveError(f"{rule} Got dtype {value.dtype}. Convert it, e.g. with `.double()`.")
-    return value.reshape(())
-
-
-def samples(value: Any) -> Tensor:
-    """`value` if it is a vector of losses, as `per_sample=True` promises.
-
-    Raises:
-        ObjectiveError: It is not a floating tensor of one dimension.
-    """
-    if (
-        not isinstance(value, Tensor)
-        or value.dim() != 1
-        or value.numel() == 0
-        or not value.is_floating_point()
-    ):
-        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise ObjectiveError(
-            "`BilevelProblem(lower=..., per_sample=True)` must return one loss a sample, shape (n,). "
-            f"Got {got}. Drop the reduction, or `per_sample=True`."
-        )
-    return value
-
-
 def lower_value(problem: BilevelProblem, x: Tree, y: Tree, data: Any) -> Tensor:
     """f(x, y) on the data of its level, 0-d: the mean where the problem is `per_sample`."""
     value = problem.lower(x, y, data)
     return samples(value).mean() if problem.per_sample else scalar(value, "lower")
 
 
-def vector(value: Any, name: str) -> Tensor:
-    """`value` as a vector if it is a floating tensor, as the constraint `name` of a problem must return.
-
-    Raises:
-        ObjectiveError: It is not; the message names the constraint and the mend.
-    """
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise ObjectiveError(
-            f"`BilevelProblem({name}=...)` must return a floating-point tensor, feasible where "
-            f"{'== 0' if name.endswith('equality') else '<= 0'}. Got {got}. Return e.g. `y - 1.0`, not `y < 1.0`."
-        )
-    return value.reshape(-1)
-
-
 def constraint_value(problem: BilevelProblem, name: str, x: Tree, y: Tree, data: Any) -> Tensor:
     """The constraint `name` of a problem that has it, on the data of its level, as a vector."""
     return vector(getattr(problem, name)(x, y, data_of(name, data)), name)
-
-
-def check_size(value: Tensor, before: Tensor, name: str) -> None:
-    """Raises unless the constraint `name` has as many entries as at a call before."""
-    if value.numel() != before.numel():
-        raise ObjectiveError(
-            f"`BilevelProblem({name}=...)` must return as many entries at each call. "
-            f"Got {before.numel()}, and then {value.numel()}. "
-            "Keep entries that do not bind, e.g. by `torch.where`, in place of leaving them out."
-        )
-
-
-def excess(value: Tensor, name: str) -> Tensor:
-    """How far each entry of the constraint `name` is from being feasible, shape (k,), 0 where it is."""
-    return value.abs() if name.endswith("equality") else value.clamp(min=0.0)
 
 
 def violated(problem: BilevelProblem, x: Tree, y: Tree, data: Any) -> str:

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bilevel._box import Box
 from bilevel._errors import BilevelWarning, NonFiniteError, StructureError
 from bilevel._module import from_module, update_module
-from bilevel._problem import Box
 from bilevel._solution import State
 
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import _problem
+from bilevel import _problem, _returned
+from bilevel._box import Box
 from bilevel._errors import ObjectiveError, StructureError
-from bilevel._problem import Batch, BilevelProblem, Box
+from bilevel._problem import Batch, BilevelProblem
 
 
 def square(x: Tensor, y: Tensor, data: Any) -> Tensor:
@@ -45,11 +46,11 @@ def test_optional_part_that_is_not_callable_says_the_rule(name: str) -> None:
 )
 def test_objective_that_returns_no_scalar_says_the_rule(value: Any, message: str) -> None:
     with pytest.raises(ObjectiveError, match=message):
-        _problem.scalar(value, "upper")
+        _returned.scalar(value, "upper")
 
 
 def test_scalar_of_one_entry_becomes_0d() -> None:
-    assert _problem.scalar(torch.ones(1, 1), "upper").shape == ()
+    assert _returned.scalar(torch.ones(1, 1), "upper").shape == ()
 
 
 @pytest.mark.parametrize(
@@ -57,7 +58,7 @@ def test_scalar_of_one_entry_becomes_0d() -> None:
 )
 def test_samples_that_are_no_vector_say_the_rule(value: Any) -> None:
     with pytest.raises(ObjectiveError, match="must return one loss a sample"):
-        _problem.samples(value)
+        _returned.samples(value)
 
 
 @pytest.mark.parametrize(

@@ -19,14 +19,13 @@ from bilevel._oracle import Oracle
 from bilevel._problem import (
     CONSTRAINTS,
     BilevelProblem,
-    check_size,
     constraint_value,
     lower_value,
     projected_by,
     ravel,
-    scalar,
     split_data,
 )
+from bilevel._returned import check_size, scalar
 from bilevel._solution import Evaluations, Status
 from bilevel._types import Tree
 

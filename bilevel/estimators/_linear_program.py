@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bilevel import _tree
-from bilevel._problem import Box
+from bilevel._box import Box
 from bilevel._types import Projection
 from bilevel.estimators._constraints import Linearized, positive
 from bilevel.estimators._kkt_point import KKTPoint

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from bilevel import _tree
+from bilevel._box import Box
 from bilevel._oracle import Oracle
-from bilevel._problem import Box, excess
+from bilevel._returned import excess
 from bilevel._solution import Status
 from bilevel.estimators._base import linear_tolerance
 from bilevel.estimators._constraints import (

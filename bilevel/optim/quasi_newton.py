@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from bilevel import _tree
+from bilevel._box import Box
 from bilevel._errors import check_count
-from bilevel._problem import Box
 from bilevel._types import Projection
 from bilevel.optim._base import Point
 

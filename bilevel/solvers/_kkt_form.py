@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from bilevel import _autodiff
-from bilevel._problem import CONSTRAINTS, BilevelProblem, Box, constraint_value, excess, lower_value
+from bilevel._box import Box
+from bilevel._problem import CONSTRAINTS, BilevelProblem, constraint_value, lower_value
+from bilevel._returned import excess
 from bilevel._solution import Evaluations
 from bilevel.estimators import _slsqp
 from bilevel.estimators._gap import rounding

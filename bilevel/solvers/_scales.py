@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from bilevel import _tree
+from bilevel._box import Box
 from bilevel._oracle import Oracle
-from bilevel._problem import BilevelProblem, Box
+from bilevel._problem import BilevelProblem
 from bilevel._solution import Evaluations, Status
 from bilevel._types import Projection
 from bilevel.estimators._basins import explore

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from bilevel import _tree
 from bilevel._autodiff import value_and_grad
-from bilevel._problem import BilevelProblem, projected_by, split_data, vector
+from bilevel._problem import BilevelProblem, projected_by, split_data
+from bilevel._returned import vector
 from bilevel._solution import State
 from bilevel._types import Objective, Schedule, Tree
 from bilevel.optim.torch import Torch

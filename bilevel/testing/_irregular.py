@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from bilevel._problem import BilevelProblem, Box
+from bilevel._box import Box
+from bilevel._problem import BilevelProblem
 from bilevel.testing._case import ZooProblem, vector
 
 
