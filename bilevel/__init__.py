@@ -15,11 +15,12 @@ from bilevel._errors import (
     StructureError,
     UnboundedError,
 )
+from bilevel._iterate import iterate
 from bilevel._module import from_module, update_module
 from bilevel._problem import Batch, BilevelProblem
 from bilevel._recommend import Recommendation, recommend
 from bilevel._solution import Certificate, Evaluations, Solution, State, Status
-from bilevel._solve import iterate, solve
+from bilevel._solve import solve
 from bilevel._types import Schedule
 from bilevel.diagnostics import Report, check_hypergradient
 from bilevel.estimators import (

@@ -14,11 +14,11 @@ from typing import Any
 
 from bilevel._certify import certify
 from bilevel._errors import BilevelError, BilevelWarning, check_kind, check_number
+from bilevel._iterate import iterate
 from bilevel._memory import live_memory
 from bilevel._oracle import Oracle
 from bilevel._problem import BilevelProblem
 from bilevel._solution import Evaluations, Status
-from bilevel._solve import iterate
 from bilevel._types import Tree
 from bilevel.solvers import Solver
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bilevel import _tree
+from bilevel._iterate import iterate
 from bilevel._problem import BilevelProblem
-from bilevel._solve import iterate
 from bilevel._types import Tree
 from bilevel.solvers import Solver
 

@@ -139,7 +139,7 @@ def test_memory_that_runs_out_is_no_missing_derivative(monkeypatch: pytest.Monke
     def out(*_: object, **__: object) -> object:
         raise torch.OutOfMemoryError("no memory left")
 
-    monkeypatch.setattr("bilevel._recommend.Oracle.linearized", out)
+    monkeypatch.setattr("bilevel._probe.Oracle.linearized", out)
     case = problems.quadratic()
     with pytest.raises(torch.OutOfMemoryError):
         bl.recommend(case.problem, case.x0, case.y0)

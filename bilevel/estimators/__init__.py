@@ -1,12 +1,7 @@
 """Hypergradient estimators: one a file."""
 
-from bilevel.estimators._base import (
-    Estimate,
-    Estimator,
-    check_problem,
-    hypergradient,
-    refuse_constraints,
-)
+from bilevel.estimators._accept import check_problem, refuse_constraints
+from bilevel.estimators._base import Estimate, Estimator, hypergradient
 from bilevel.estimators.implicit import Implicit
 from bilevel.estimators.implicit_kkt import ImplicitKKT
 from bilevel.estimators.one_step import OneStep

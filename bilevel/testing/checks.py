@@ -14,9 +14,9 @@ from torch import Tensor
 
 from bilevel import _tree
 from bilevel._checkpoint import load_state, save_state
+from bilevel._iterate import iterate
 from bilevel._problem import BilevelProblem
 from bilevel._solution import State, Status
-from bilevel._solve import iterate
 from bilevel._types import Tree
 from bilevel.estimators import Estimator, hypergradient
 from bilevel.solvers import Solver
