@@ -18,7 +18,8 @@ from bilevel.estimators._constraints import constraint_values, fit_multipliers, 
 from bilevel.estimators._gap import rounding
 from bilevel.estimators._linear_program import Units
 from bilevel.estimators._search import SMALL, Local, LowerSolver, Search, search
-from bilevel.estimators._stationarity import Stationarity, UpperLevel
+from bilevel.estimators._stationarity import Stationarity, UpperPoint
+from bilevel.estimators._upper_level import examine
 
 linalg: Any = torch.linalg  # its stubs are untyped
 _GAP = 1e-5  # of the change of f within one unit of y
@@ -120,9 +121,9 @@ def certify(
     stationarity = Stationarity()
     if found.nearest.status is Status.CONVERGED:
         problems += _better_solution(oracle, u, found, data, size_y, sign)
-        stationarity = UpperLevel(
-            oracle, u, found.nearest, found.minima, data, units, sign
-        ).examine()
+        stationarity = examine(
+            UpperPoint(oracle, u, found.nearest, found.minima, data, units, sign)
+        )
         if stationarity.is_unique:
             problems += _far_from_solution(oracle, u, v, found.nearest, gap, size_y)
         if stationarity.problem:

@@ -11,9 +11,12 @@ from torch import Tensor
 import bilevel as bl
 from bilevel._oracle import Oracle
 from bilevel._types import Objective
-from bilevel.estimators import _optimum, _search
+from bilevel.estimators import _search
 from bilevel.estimators._directions import Directions, Optimum
+from bilevel.estimators._linear_program import Units
 from bilevel.estimators._nonsmooth import minimize
+from bilevel.estimators._optimum import OptimalValue
+from bilevel.estimators._stationarity import UpperPoint
 
 
 def vector(*numbers: float) -> Tensor:
@@ -257,11 +260,10 @@ def test_solves_from_two_starts_that_disagree_give_no_value(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     case = CASES[1]
-    local = _search.LowerSolver(Oracle(case.problem), case.x, None, 1.0).solve(case.x)
-    units = _optimum.Units(1.0, 1.0, 1.0, 1e-3)
-    value = _optimum.OptimalValue(
-        Oracle(case.problem), local, [], None, units, 1.0, lambda x, y: True
-    )
+    oracle = Oracle(case.problem)
+    local = _search.LowerSolver(oracle, case.x, None, 1.0).solve(case.x)
+    at = UpperPoint(oracle, case.x, local, [], None, Units(1.0, 1.0, 1.0, 1e-3), 1.0)
+    value = OptimalValue(at)
     good = value(case.x)
     assert good is not None
     assert good.upper == pytest.approx(float(toward_one(case.x, case.x, None)), abs=1e-12)
