@@ -77,9 +77,9 @@ class Arguments:
             of the `cpu` preset, learns from it; the rest is D_tr, for the upsamplers.
         compare: train the same network by single-level AdamW too, as long as ASBLO took.
         device: `cpu`, `cuda`, ...; the fastest there is, by default.
-        amp: compute in bfloat16 where the device has units for it: GPUs, and CPUs with AMX. Elsewhere
-            it would only cost. Losses, weights and Adam's moments stay in float32, so no
-            scaling of the gradients is needed.
+        amp: compute in bfloat16; by default where it surely pays: on GPUs, and CPUs with AMX. CPUs with
+            AVX512_BF16 gain with large batches only. Losses, weights and Adam's moments stay in
+            float32, so no scaling of the gradients is needed.
         compile: compile the network; the start takes minutes longer, so for long runs.
         threads: of the CPU. Two runs are equal only at equal threads. One by default: the `cpu`
             preset's tensors are small, and a second thread gains a fifth on an idle machine but
@@ -117,7 +117,7 @@ class Arguments:
     val_share: float = 2 / 3
     compare: bool = False
     device: str | None = None
-    amp: bool = True
+    amp: bool | None = None
     compile: bool = False
     threads: int = 1
     seed: int = 0
@@ -175,8 +175,8 @@ def settle(a: Arguments) -> Arguments:
         known |= {k: tuple(v) for k, v in known.items() if isinstance(v, list)}
         return Arguments(**known, output=a.output, resume=True)
     check(a)
-    steps = a.steps or sum(a.stages) or None
-    return replace(a, steps=steps, amp=a.amp and fast_bfloat16(pick_device(a.device)))
+    amp = fast_bfloat16(pick_device(a.device)) if a.amp is None else a.amp
+    return replace(a, steps=a.steps or sum(a.stages) or None, amp=amp)
 
 
 def check(a: Arguments):

@@ -81,7 +81,7 @@ def restorer(a: Arguments, data: Split, net: EchoIR, device: torch.device):
         return evaluate(
             data.test,
             degrade,
-            lambda image: restore(net, image, device=device, amp=a.amp, tile=tile),
+            lambda image: restore(net, image, device=device, amp=bool(a.amp), tile=tile),
             crop,
         )
 

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def command(folder, output, *options):
-    fixed = ["--threads", "1", "--patch", "16", "--batch", "2", "--device", "cpu", "--no-amp"]
+    fixed = ["--threads", "1", "--patch", "16", "--batch", "2", "--device", "cpu", "--amp", "False"]
     words = [sys.executable, EXAMPLE / "train.py", "--data", folder, "--output", output, *fixed]
     return [str(word) for word in (*words, *options)]
 
