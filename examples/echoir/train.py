@@ -102,7 +102,7 @@ def main(arguments: Arguments, console: Console):
             "method": name,
             "task": a.task,
             "sigma": a.sigma,
-            "data": str(a.data or "bundled"),
+            "data": a.data.name if a.data else "bundled",
             "steps": state.step,
             "psnr_rgb": psnr,
         }

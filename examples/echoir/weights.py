@@ -13,6 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+# A blind denoiser; its arguments and its log lie beside it.
+DENOISER = Path(__file__).parent / "denoiser" / "weights.safetensors"
+
 
 def save_weights(path: Path, net: EchoIR, about: dict[str, Any]):
     """Writes a network's weights; the file is complete or absent, never half of one.
