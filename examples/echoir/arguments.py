@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -170,10 +171,16 @@ def settle(a: Arguments) -> Arguments:
                 f"`--resume` must find a run to go on with. Got {a.output}, which has none. Start "
                 "one without --resume, or name its folder by --output."
             )
-        known = json.loads(saved.read_text())
-        known |= {name: Path(known[name]) for name in ("data", "init") if known.get(name)}
-        known |= {k: tuple(v) for k, v in known.items() if isinstance(v, list)}
-        return Arguments(**known, output=a.output, resume=True)
+        try:
+            known = json.loads(saved.read_text())
+            known |= {name: Path(known[name]) for name in ("data", "init") if known.get(name)}
+            known |= {k: tuple(v) for k, v in known.items() if isinstance(v, list)}
+            return Arguments(**known, output=a.output, resume=True)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"`--resume` must find the arguments of the run. Got {saved}, which is damaged: {error}. "
+                "Write it anew from another run's, or start without --resume."
+            ) from error
     check(a)
     amp = fast_bfloat16(pick_device(a.device)) if a.amp is None else a.amp
     return replace(a, steps=a.steps or sum(a.stages) or None, amp=amp)
@@ -216,7 +223,9 @@ def start_anew(a: Arguments, methods: Sequence[str]):
     a.output.mkdir(parents=True, exist_ok=True)
     kept = asdict(a) | {name: _absolute(getattr(a, name)) for name in ("data", "init")}
     del kept["output"], kept["resume"]
-    (a.output / "arguments.json").write_text(json.dumps(kept))
+    unfinished = a.output / "arguments.json.unfinished"
+    unfinished.write_text(json.dumps(kept))
+    os.replace(unfinished, a.output / "arguments.json")
 
 
 def _absolute(path: Path | None) -> str | None:

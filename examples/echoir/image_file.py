@@ -13,6 +13,7 @@ from pathlib import Path
 import deep_color
 import numpy as np
 import torch
+from photographs import DAMAGED
 from PIL import Image
 from torch import Tensor
 
@@ -68,6 +69,10 @@ class ImageFile:
         return replace(self, pixels=pixels.astype(self.pixels.dtype))
 
 
+class UnfitError(ValueError):
+    """The image is whole, but of a kind that is not restored."""
+
+
 def read_image(path: Path) -> ImageFile:
     """Reads an image of 8 or 16 bits a channel.
 
@@ -82,7 +87,9 @@ def read_image(path: Path) -> ImageFile:
             orientation = exif.get(ORIENTATION, 1)
             image.load()  # `open` alone accepts a truncated file
             return _read(path, image, orientation)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except UnfitError:
+        raise
+    except DAMAGED as error:
         raise ValueError(
             f"An image must be readable as a whole. Got {path}: {error}. Replace or leave it out."
         ) from error
@@ -92,12 +99,12 @@ def _read(path: Path, image: Image.Image, orientation: int) -> ImageFile:
     # An MPO is a JPEG with a preview, or with a second eye's view.
     kind = "JPEG" if image.format == "MPO" else image.format
     if kind not in FORMATS or (getattr(image, "n_frames", 1) > 1 and image.format != "MPO"):
-        raise ValueError(
+        raise UnfitError(
             f"An image must be a single one, as {', '.join(FORMATS)}. Got {path}: {image.format} of "
             f"{getattr(image, 'n_frames', 1)} frames. Convert it."
         )
     if image.mode in ("I", "F"):
-        raise ValueError(
+        raise UnfitError(
             f"An image must have integers of 8 or 16 bits. Got {path}, of 32 bits. Convert it."
         )
     exif, profile = image.getexif(), image.info.get("icc_profile")

@@ -9,7 +9,8 @@
 
 Ends with a table of PSNR and SSIM on photographs that training has not seen, and writes to --output:
 picture.png, weights.safetensors (the last), best.safetensors and metrics.jsonl, and a folder for each method.
-Exit codes: 0 done, 1 diverged, 2 a mistake in the arguments or the data, 75 stopped by a signal and saved.
+Exit codes: 0 done, 1 diverged, 2 a mistake in the arguments or the data, 74 the disk or the memory did not
+suffice, 75 stopped by a signal and saved.
 """
 
 import shutil
@@ -144,6 +145,9 @@ def exit_codes(console: Console, again: str) -> Iterator[None]:
         yield
     except Interrupted as interrupted:
         console.print(f"{interrupted}; go on with {again}", soft_wrap=True)
+        sys.exit(STOPPED)
+    except KeyboardInterrupt:  # before the first step, or while the result is measured
+        console.print(f"stopped; go on with {again}", soft_wrap=True)
         sys.exit(STOPPED)
     except bl.BilevelError as error:
         console.print(str(error), markup=False, soft_wrap=True)

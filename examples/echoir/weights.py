@@ -68,11 +68,34 @@ def load_weights(path: Path, device: torch.device) -> tuple[EchoIR, dict[str, An
             f"The weights must match their checksum. Got {path}, which does not: the file is "
             "damaged. Copy or train it anew."
         )
-    config = json.loads(metadata["config"])
-    config |= {"blocks": tuple(config["blocks"]), "heads": tuple(config["heads"])}
-    net = EchoIR(EchoIRConfig(**config))
-    net.load_state_dict(tensors)
-    return net.to(device, memory_format=torch.channels_last).eval(), json.loads(metadata["about"])
+    net, about = _network(path, metadata, tensors)
+    return net.to(device, memory_format=torch.channels_last).eval(), about
+
+
+def _network(
+    path: Path, metadata: dict[str, str], tensors: dict[str, Tensor]
+) -> tuple[EchoIR, dict[str, Any]]:
+    """The network that the head of a file describes: first without storage, whatever size it claims."""
+    try:
+        config = json.loads(metadata["config"])
+        config |= {"blocks": tuple(config["blocks"]), "heads": tuple(config["heads"])}
+        with torch.device("meta"):
+            net = EchoIR(EchoIRConfig(**config))
+        net.load_state_dict(tensors, assign=True)
+        return net, json.loads(metadata["about"])
+    except (
+        TypeError,
+        KeyError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+    ) as error:
+        first = str(error).strip().splitlines()[:2]
+        raise ValueError(
+            f"The weights must fit the configuration in their file. Got {path}, where they do not: "
+            f"{' '.join(map(str.strip, first))} Copy or train it anew."
+        ) from error
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
