@@ -12,7 +12,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo zoo scoreboard test fuzz lint fmt bench docs serve check clean
+.PHONY: help setup demo zoo scoreboard faults test fuzz lint fmt bench docs serve check clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ PROBLEMS ?= $(firstword $(wildcard problems */problems ../*/problems))
 scoreboard: $(STAMP)  ## Solve a folder of published problems (PROBLEMS=...), write docs/scoreboard.md
 	@test -n "$(PROBLEMS)" || { echo "Name the folder of the problems: make scoreboard PROBLEMS=FOLDER"; exit 1; }
 	$(RUN) benchmarks/scoreboard.py $(PROBLEMS)
+
+faults: $(STAMP)  ## Do every fault of docs/reliability.md, write its table (about 3 minutes)
+	$(RUN) -m benchmarks.faults
 
 test: $(STAMP)  ## Run the tests, on as many cores as there are
 	$(RUN) -m pytest -n auto --maxprocesses 8
