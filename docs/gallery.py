@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-DOCS = Path(__file__).parent
-sys.path.insert(0, str(DOCS.parent / "examples" / "echoir"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "echoir"))
 
 from noise import noise
 from photographs import bundled
@@ -25,7 +24,7 @@ QUALITY = 90  # of WebP; the noise is what costs
 
 def main() -> None:
     net, _ = load_weights(DENOISER, torch.device("cpu"))
-    folder = DOCS / "assets" / "gallery"
+    folder = Path(__file__).parent / "assets" / "gallery"
     folder.mkdir(exist_ok=True)
     for photograph in bundled().test:
         image = photograph.read().target

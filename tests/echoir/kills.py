@@ -24,7 +24,7 @@ WRITES = os.O_WRONLY | os.O_RDWR
 
 
 def train(photographs, output, steps):
-    words = ["--threads", "1", "--patch", "16", "--batch", "2", "--device", "cpu", "--no-amp"]
+    words = ["--threads", "1", "--patch", "16", "--batch", "2", "--device", "cpu", "--amp", "False"]
     words += ["--data", str(photographs), "--output", str(output)]
     words += ["--steps", str(steps), "--look-every", "3"]
     # One that died before it noted its arguments has done nothing yet.
