@@ -13,6 +13,8 @@ from bilevel._checkpoint import load_state, save_state
 from bilevel._errors import BilevelWarning, CheckpointError, check_count, check_kind
 from bilevel._solution import State, Status
 
+__all__ = ["Checkpoint"]
+
 
 @dataclass(frozen=True)
 class Checkpoint:

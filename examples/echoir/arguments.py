@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,6 +15,7 @@ from degradations import Task
 from model import PRESETS
 from objectives import Lower
 from stages import PerStage, plan
+from whole_file import replacing
 
 Polynomial = tuple[float, float, float]  # start, power, scale: start / (1 + step / scale) ** power
 POSITIVE = (
@@ -218,14 +218,15 @@ def check(a: Arguments):
 
 def start_anew(a: Arguments, methods: Sequence[str]):
     """Clears what an earlier run left in --output, and notes the arguments for --resume."""
+    note = a.output / "arguments.json"
+    note.unlink(missing_ok=True)  # first: killed from here on, that run must not go on from nothing
     for method in methods:
         shutil.rmtree(a.output / method, ignore_errors=True)
     a.output.mkdir(parents=True, exist_ok=True)
     kept = asdict(a) | {name: _absolute(getattr(a, name)) for name in ("data", "init")}
     del kept["output"], kept["resume"]
-    unfinished = a.output / "arguments.json.unfinished"
-    unfinished.write_text(json.dumps(kept))
-    os.replace(unfinished, a.output / "arguments.json")
+    with replacing(note) as file:
+        file.write_text(json.dumps(kept))
 
 
 def _absolute(path: Path | None) -> str | None:

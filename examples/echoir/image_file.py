@@ -4,9 +4,7 @@ What the camera noted by EXIF as "to be rotated" is rotated, and the note remove
 downwards in what the network was trained on, and many programs ignore the note.
 """
 
-import os
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import torch
 from photographs import DAMAGED
 from PIL import Image
 from torch import Tensor
+from whole_file import replacing
 
 ORIENTATION = 0x0112  # EXIF's tag
 NESTED = (0x8769, 0x8825)  # those of the camera's settings, and of the place
@@ -134,25 +133,21 @@ def write_image(path: Path, image: ImageFile):
     samples = image.pixels
     if image.alpha is not None:
         samples = np.concatenate([samples, image.alpha[..., None]], 2)
-    unfinished = path.with_name(path.name + ".unfinished")
     try:
-        if samples.dtype == np.uint16:
-            deep_color.write(unfinished, np.ascontiguousarray(samples), image)
-        else:
-            options = {"exif": image.exif, "icc_profile": image.icc_profile, "dpi": image.dpi}
-            known = {name: value for name, value in options.items() if value}
-            squeezed = samples[..., 0] if samples.shape[2] == 1 else samples
-            picture = Image.fromarray(np.ascontiguousarray(squeezed))
-            picture.save(unfinished, format=image.format, **FORMATS[image.format], **known)
-        os.replace(unfinished, path)
+        with replacing(path) as file:
+            if samples.dtype == np.uint16:
+                deep_color.write(file, np.ascontiguousarray(samples), image)
+            else:
+                options = {"exif": image.exif, "icc_profile": image.icc_profile, "dpi": image.dpi}
+                known = {name: value for name, value in options.items() if value}
+                squeezed = samples[..., 0] if samples.shape[2] == 1 else samples
+                picture = Image.fromarray(np.ascontiguousarray(squeezed))
+                picture.save(file, format=image.format, **FORMATS[image.format], **known)
     except OSError as error:
         raise ValueError(
             f"The output must be a file that can be written. Got {path}: {error.strerror or error}. "
             "Name another folder."
         ) from error
-    finally:
-        with suppress(OSError):
-            unfinished.unlink(missing_ok=True)
 
 
 def _upright(samples: np.ndarray, orientation: int) -> np.ndarray:

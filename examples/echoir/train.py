@@ -35,6 +35,7 @@ from run import Interrupted
 from scores import Result, evaluate, mean
 from tiles import restore
 from weights import load_weights, save_weights
+from whole_file import replacing
 
 import bilevel as bl
 
@@ -132,7 +133,8 @@ def main(arguments: Arguments, console: Console):
         console.print(f"{name}: {done.state.step} steps in {done.seconds:.0f} s")
         seconds = done.seconds  # the baseline gets what ASBLO took
     for file in ("weights.safetensors", "best.safetensors", "picture.png", "metrics.jsonl"):
-        shutil.copy(a.output / "asblo" / file, a.output / file)
+        with replacing(a.output / file) as copy:
+            shutil.copy(a.output / "asblo" / file, copy)
     console.print(score_table(results, title=f"photographs held out, {a.task}"))
     console.print(f"picture: {a.output / 'picture.png'}", soft_wrap=True)
     console.print(f"weights: {a.output / 'weights.safetensors'}", soft_wrap=True)

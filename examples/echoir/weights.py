@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from model import EchoIR, EchoIRConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from whole_file import replacing
 
 # A blind denoiser; its arguments and its log lie beside it.
 DENOISER = Path(__file__).parent / "denoiser" / "weights.safetensors"
@@ -31,9 +31,8 @@ def save_weights(path: Path, net: EchoIR, about: dict[str, Any]):
         "about": json.dumps(about),
         "sha256": _digest(tensors),
     }
-    unfinished = path.with_name(path.name + ".unfinished")
-    save_file(tensors, unfinished, metadata)
-    os.replace(unfinished, path)
+    with replacing(path) as file:
+        save_file(tensors, file, metadata)
 
 
 def load_weights(path: Path, device: torch.device) -> tuple[EchoIR, dict[str, Any]]:
