@@ -1,0 +1,41 @@
+"""The library, through its public interface."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import bilevel as bl
+from speed.work import Answer, Hypergradient, Lower, Work
+
+
+def sgd(work: Work, steps: int) -> bl.optim.Torch:
+    """The gradient descent on y of all contenders."""
+    return bl.optim.Torch(torch.optim.SGD, lr=work.lr, momentum=work.momentum, max_steps=steps)
+
+
+def implicit(work: Work, steps: int, rtol: float, products: int) -> bl.Implicit:
+    """Exactly what `by_hand.implicit` does."""
+    return bl.Implicit(
+        bl.linear.CG(rtol=rtol, max_steps=products), minimizer=sgd(work, steps), tol=0.0
+    )
+
+
+def hypergradient(work: Work, method: bl.Estimator) -> Hypergradient:
+    """By `bl.hypergradient`, which checks the problem at every call."""
+    problem = work.problem
+
+    def run(x: Tensor, y: Lower) -> Answer:
+        found = bl.hypergradient(problem, x, y[0] if len(y) == 1 else y, method)
+        count = found.evaluations
+        at = (found.y,) if isinstance(found.y, Tensor) else tuple(found.y)
+        return Answer(found.grad, at, count.gradients, count.hvp)
+
+    return run
+
+
+def solved(work: Work, solver: bl.Solver, steps: int) -> Answer:
+    """`steps` upper steps by `bl.solve`; x at the end."""
+    found = bl.solve(work.problem, solver, work.x, work.start, max_steps=steps, throw=False)
+    y = (found.y,) if isinstance(found.y, Tensor) else tuple(found.y)
+    return Answer(found.x, y, found.evaluations.gradients, found.evaluations.hvp)

@@ -1,0 +1,164 @@
+"""Contenders take turns in one process, so that a slow minute of the machine hits all alike."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from page import table
+
+from speed.work import Answer
+
+FLOOR = "by hand"
+OURS = "bilevel"
+LEAST = 0.02  # seconds that a measurement lasts, so that the clock's own cost does not show
+Run = Callable[[], Answer]
+
+
+class MissedError(Exception):
+    """A contender does not reach the accuracy that is asked of all."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to do the work of a table.
+
+    Attributes:
+        library: `FLOOR`, `OURS`, or a peer.
+        method: the same words for the same algorithm.
+        prepare: makes what is timed; it may fail, and the table then says how.
+    """
+
+    library: str
+    method: str
+    prepare: Callable[[], Run]
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of one contender; without seconds it did not run, for the reason given."""
+
+    contender: Contender
+    seconds: tuple[float, ...]
+    answer: Answer | None
+    reason: str = ""
+
+
+def race(contenders: Sequence[Contender], repeats: int) -> list[Result]:
+    """Time all of them, turn by turn: `repeats` rounds after one that pays for caches."""
+    runs: dict[int, tuple[Run, Answer, int]] = {}
+    reasons: dict[int, str] = {}
+    for i, contender in enumerate(contenders):
+        try:
+            run = contender.prepare()
+            answer = run()
+            seconds = timed(run, 1)
+        except Exception as error:  # noqa: BLE001  # others' code fails as it likes, and the table says how
+            reasons[i] = reason(error)
+        else:
+            runs[i] = run, answer, max(1, math.ceil(LEAST / seconds))
+    times: dict[int, list[float]] = {i: [] for i in runs}
+    for _ in range(repeats):
+        for i, (run, _, number) in runs.items():
+            times[i].append(timed(run, number))
+    return [
+        Result(contender, tuple(times[i]), runs[i][1])
+        if i in runs
+        else Result(contender, (), None, reasons[i])
+        for i, contender in enumerate(contenders)
+    ]
+
+
+def timed(run: Run, number: int) -> float:
+    """Seconds of one of `number` calls: those of the processor, which other programs hardly lengthen."""
+    gc.collect()
+    gc.disable()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a few steps leave the lower problem unsolved, as is meant here
+        began = time.process_time()
+        for _ in range(number):
+            run()
+        spent = time.process_time() - began
+    gc.enable()
+    return spent / number
+
+
+def reason(error: Exception) -> str:
+    """The first line of what a contender says of its failure."""
+    lines = str(error).strip().splitlines()
+    text = lines[0].replace("|", "/") if lines else ""
+    return text if isinstance(error, MissedError) else f"{type(error).__name__}: {text}"
+
+
+def tuned(
+    make: Callable[[int], Run],
+    error: Callable[[Answer], float],
+    tolerance: float,
+    candidates: Iterable[int],
+) -> Run:
+    """The first of `make(candidate)` whose error is within the tolerance.
+
+    Raises:
+        MissedError: none is.
+    """
+    errors = []
+    for candidate in candidates:
+        run = make(candidate)
+        errors.append(error(run()))
+        if errors[-1] <= tolerance:
+            return run
+    raise MissedError(f"misses {tolerance:.0e}: its relative error is {min(errors, default=math.nan):.0e}")
+
+
+def ratio(result: Result, floor: Result) -> float:
+    """The median over the rounds of the seconds over those of the floor in the same round."""
+    return median(a / b for a, b in zip(result.seconds, floor.seconds, strict=True))
+
+
+def rows(
+    results: Sequence[Result],
+    extra: Callable[[Result], list[str]] = lambda _: [],
+    columns: Sequence[str] = (),
+) -> str:
+    """The results as a table; the floor of all is the fastest version by hand.
+
+    Args:
+        results: of a race.
+        extra: the cells of further columns.
+        columns: their heads.
+    """
+    ran = [result for result in results if result.seconds]
+    hands = [result for result in ran if result.contender.library == FLOOR]
+    fastest = min(hands, key=lambda result: median(result.seconds))
+    twins = {result.contender.method: result for result in hands}
+    lines = []
+    for result in results:
+        who = [result.contender.library, result.contender.method]
+        if not result.seconds:
+            lines.append([*who, result.reason, *[""] * (5 + len(columns))])
+            continue
+        twin = twins.get(result.contender.method)
+        answer = result.answer
+        lines.append(
+            [
+                *who,
+                milliseconds(median(result.seconds)),
+                f"{milliseconds(min(result.seconds))} to {milliseconds(max(result.seconds))}",
+                f"{ratio(result, fastest):.2f}",
+                "" if twin is None else f"{ratio(result, twin):.2f}",
+                "" if answer is None or answer.gradients is None else str(answer.gradients),
+                "" if answer is None or answer.hvps is None else str(answer.hvps),
+                *extra(result),
+            ]
+        )
+    head = ["library", "method", "ms", "spread", "ratio", "same method", "gradients", "HVPs"]
+    return table([*head, *columns], lines)
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g}"

@@ -1,0 +1,88 @@
+"""T0: steps a second where the arithmetic is nothing, on a quadratic of two variables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import bilevel as bl
+from speed import by_hand, ours
+from speed.entries import peer
+from speed.race import FLOOR, OURS, Contender, Result, Run, race, rows
+from speed.work import Answer, Hypergradient, Work, descend, relative_error
+
+STEPS = 10  # upper steps of a measurement
+LOWER_STEPS = 10
+RTOL, PRODUCTS = 1e-10, 10  # of the linear system
+LR = 0.1  # of the upper steps
+
+
+def work() -> Work:
+    """Lower curvature 1 and 2; ten steps leave a thousandth of the distance."""
+    hessian = torch.tensor([[1.5, 0.5], [0.5, 1.5]], dtype=torch.float64)
+    target = torch.tensor([1.0, 0.5], dtype=torch.float64)
+
+    def upper(x: Tensor, y: Tensor) -> Tensor:
+        return 0.5 * ((y - target) ** 2).sum() + 0.05 * (x**2).sum()
+
+    def lower(x: Tensor, y: Tensor) -> Tensor:
+        return 0.5 * y @ (hessian @ y) - y @ x
+
+    zero = torch.zeros(2, dtype=torch.float64)
+    return Work(upper, lower, zero, (zero,), lr=0.5)
+
+
+def contenders(task: Work) -> list[Contender]:
+    def loop(make: Callable[[], Hypergradient]) -> Callable[[], Run]:
+        def prepare() -> Run:
+            return partial(descend, make(), task, STEPS, LR)
+
+        return prepare
+
+    def solve(estimator: bl.Estimator) -> Callable[[], Run]:
+        upper = bl.optim.Torch(torch.optim.SGD, lr=LR)
+        solver = bl.HypergradientDescent(estimator, upper_optimizer=upper)
+        return lambda: partial(ours.solved, task, solver, STEPS)
+
+    def other(name: str, method: str, *numbers: float) -> Callable[[], Run]:
+        return loop(lambda: peer(name, method, task, *numbers))
+
+    cg = LOWER_STEPS, RTOL, PRODUCTS
+    return [
+        Contender(FLOOR, "10 steps + CG", loop(lambda: by_hand.implicit(task, *cg))),
+        Contender(FLOOR, "unrolled", loop(lambda: by_hand.unrolled(task, LOWER_STEPS))),
+        Contender(OURS, "10 steps + CG", solve(ours.implicit(task, *cg))),
+        Contender(OURS, "unrolled", solve(bl.Unrolled(LOWER_STEPS, lr=task.lr))),
+        Contender("TorchOpt", "10 steps + CG", other("TorchOpt", "implicit", *cg)),
+        Contender("TorchOpt", "unrolled", other("TorchOpt", "unrolled", LOWER_STEPS)),
+        # Without a stopping test, more products than variables divide by a residual of zero.
+        Contender("Betty", "10 steps + CG", other("Betty", "implicit", LOWER_STEPS, 2)),
+        Contender("Betty", "10 steps + Neumann", other("Betty", "neumann", LOWER_STEPS, PRODUCTS)),
+        Contender("BOAT", "10 steps + CG", other("BOAT", "implicit", LOWER_STEPS, PRODUCTS)),
+        Contender("BOAT", "unrolled", other("BOAT", "unrolled", LOWER_STEPS)),
+        Contender("higher", "unrolled", other("higher", "unrolled", LOWER_STEPS)),
+    ]
+
+
+def tables(repeats: int) -> str:
+    results = race(contenders(work()), repeats)
+    same: dict[str, Answer] = {}
+    for result in results:
+        if result.answer is not None:
+            same.setdefault(result.contender.method, result.answer)
+    same["10 steps + Neumann"] = same["10 steps + CG"]
+
+    def extra(result: Result) -> list[str]:
+        twin, answer = same[result.contender.method], result.answer
+        assert answer is not None
+        rate = STEPS / sorted(result.seconds)[len(result.seconds) // 2]
+        return [f"{rate:.0f}", f"{relative_error(answer.value, twin.value):.0e}"]
+
+    about = (
+        f"{STEPS} upper steps of gradient descent, each with {LOWER_STEPS} lower steps from where the last one ended; "
+        "`apart` is how far x at the end is from that of the same method by hand.\n\n"
+    )
+    return about + rows(results, extra, ("steps a second", "apart"))
