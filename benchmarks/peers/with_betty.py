@@ -20,9 +20,10 @@ def implicit(work: Work, steps: int, products: int) -> Hypergradient:
 
 
 def neumann(work: Work, steps: int, products: int) -> Hypergradient:
-    """`products` of its Neumann series, with the step of the gradient descent."""
+    """`products` of its Neumann series, whose step is that which suits gradient descent without momentum."""
+    alpha = work.lr / (1.0 + work.momentum**0.5) ** 2
     config = Config(
-        type="neumann", neumann_iterations=products, neumann_alpha=work.lr, unroll_steps=steps
+        type="neumann", neumann_iterations=products, neumann_alpha=alpha, unroll_steps=steps
     )
     return _implicit(work, steps, config)
 

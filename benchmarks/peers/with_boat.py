@@ -59,9 +59,26 @@ def _dynamic(work: Work, steps: int, operation: str, cg: dict[str, float]) -> Hy
     return hypergradient
 
 
-def meso(work: Work, upper_optimizer: torch.optim.Optimizer, lower_lr: float) -> Iterator[Answer]:
-    """Its Moreau-envelope method, the first-order one that does best on hyper-cleaning; x and y after each step."""
-    raise NotImplementedError
+def meso(work: Work, upper_lr: float) -> Iterator[Answer]:
+    """Its Moreau-envelope method of one loop; x and y after each step."""
+    above, below = UpperVariable(work.x), LowerVariable(work.y)
+    problem = _problem(
+        above,
+        below,
+        fo_op="MESO",
+        gm_op=None,
+        na_op=None,
+        lower_iters=1,
+        lower_level_opt=torch.optim.SGD(below.parameters(), lr=work.lr),
+        upper_level_opt=torch.optim.Adam(above.parameters(), lr=upper_lr),
+        MESO={"eta": work.lr, "gamma_1": 0.1, "c0": 1.0, "y_hat_lr": work.lr},
+        return_grad=False,
+    )
+    for step in count():
+        problem.loss_history.clear()
+        above.zero_grad()
+        problem.run_iter({"objective": work.lower}, {"objective": work.upper}, step)
+        yield Answer(above.x, values(below))
 
 
 def _problem(above: nn.Module, below: nn.Module, **options: Any) -> boat_torch.Problem:

@@ -12,6 +12,7 @@ from statistics import median
 
 from page import table
 
+from bilevel.diagnostics import LiveMemory
 from speed.work import Answer
 
 FLOOR = "by hand"
@@ -158,6 +159,14 @@ def rows(
         )
     head = ["library", "method", "ms", "spread", "ratio", "same method", "gradients", "HVPs"]
     return table([*head, *columns], lines)
+
+
+def mebibytes(result: Result) -> str:
+    """Of the tensors that one more run makes, as many as live at a time."""
+    run = result.contender.prepare()
+    with LiveMemory() as live:
+        run()
+    return f"{live.peak / 2**20:.0f}"
 
 
 def milliseconds(seconds: float) -> str:
