@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
-
 from speed.work import Lower
+from torch import Tensor, nn
 
 
 class UpperVariable(nn.Module):

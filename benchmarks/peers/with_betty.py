@@ -8,10 +8,10 @@ import torch
 from betty.configs import Config, EngineConfig
 from betty.engine import Engine
 from betty.problems import ImplicitProblem
+from speed.work import Answer, Hypergradient, Lower, Work
 from torch import Tensor
 
 from peers.variables import LowerVariable, UpperVariable, fill, values
-from speed.work import Answer, Hypergradient, Lower, Work
 
 
 def implicit(work: Work, steps: int, products: int) -> Hypergradient:

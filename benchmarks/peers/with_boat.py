@@ -10,10 +10,10 @@ from typing import Any
 
 import boat_torch
 import torch
+from speed.work import Answer, Hypergradient, Lower, Work
 from torch import Tensor, nn
 
 from peers.variables import LowerVariable, UpperVariable, fill, values
-from speed.work import Answer, Hypergradient, Lower, Work
 
 Objective = Callable[..., Tensor]
 LOG = Path(tempfile.gettempdir()) / "boat_losses.json"  # it writes one at every step

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import higher
 import torch
+from speed.work import Answer, Hypergradient, Lower, Work
 from torch import Tensor
 
 from peers.variables import LowerVariable, fill
-from speed.work import Answer, Hypergradient, Lower, Work
 
 
 def unrolled(work: Work, steps: int) -> Hypergradient:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 import torchopt
+from speed.work import Answer, Hypergradient, Lower, Work
 from torch import Tensor, nn
 
 from peers.variables import LowerVariable, fill, values
-from speed.work import Answer, Hypergradient, Lower, Work
 
 
 def unrolled(work: Work, steps: int) -> Hypergradient:

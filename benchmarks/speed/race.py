@@ -80,7 +80,9 @@ def timed(run: Run, number: int) -> float:
     gc.collect()
     gc.disable()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a few steps leave the lower problem unsolved, as is meant here
+        warnings.simplefilter(
+            "ignore"
+        )  # a few steps leave the lower problem unsolved, as is meant here
         began = time.process_time()
         for _ in range(number):
             run()
@@ -113,7 +115,18 @@ def tuned(
         errors.append(error(run()))
         if errors[-1] <= tolerance:
             return run
-    raise MissedError(f"misses {tolerance:.0e}: its relative error is {min(errors, default=math.nan):.0e}")
+    raise MissedError(
+        f"misses {tolerance:.0e}: its relative error is {min(errors, default=math.nan):.0e}"
+    )
+
+
+def answers(results: Sequence[Result]) -> dict[str, Answer]:
+    """By method, the answer of the first contender that ran."""
+    found: dict[str, Answer] = {}
+    for result in results:
+        if result.answer is not None:
+            found.setdefault(result.contender.method, result.answer)
+    return found
 
 
 def ratio(result: Result, floor: Result) -> float:
@@ -123,28 +136,29 @@ def ratio(result: Result, floor: Result) -> float:
 
 def rows(
     results: Sequence[Result],
-    extra: Callable[[Result], list[str]] = lambda _: [],
-    columns: Sequence[str] = (),
+    extra: Callable[[Result, Answer], list[str]],
+    columns: Sequence[str],
+    floor: str = FLOOR,
 ) -> str:
-    """The results as a table; the floor of all is the fastest version by hand.
+    """The results as a table; the ratios are to the fastest version of the floor.
 
     Args:
         results: of a race.
         extra: the cells of further columns.
         columns: their heads.
+        floor: the library that is the measure of all.
     """
-    ran = [result for result in results if result.seconds]
-    hands = [result for result in ran if result.contender.library == FLOOR]
+    hands = [r for r in results if r.seconds and r.contender.library == floor]
     fastest = min(hands, key=lambda result: median(result.seconds))
     twins = {result.contender.method: result for result in hands}
     lines = []
     for result in results:
         who = [result.contender.library, result.contender.method]
-        if not result.seconds:
+        answer = result.answer
+        if answer is None:
             lines.append([*who, result.reason, *[""] * (5 + len(columns))])
             continue
         twin = twins.get(result.contender.method)
-        answer = result.answer
         lines.append(
             [
                 *who,
@@ -152,9 +166,9 @@ def rows(
                 f"{milliseconds(min(result.seconds))} to {milliseconds(max(result.seconds))}",
                 f"{ratio(result, fastest):.2f}",
                 "" if twin is None else f"{ratio(result, twin):.2f}",
-                "" if answer is None or answer.gradients is None else str(answer.gradients),
-                "" if answer is None or answer.hvps is None else str(answer.hvps),
-                *extra(result),
+                "" if answer.gradients is None else str(answer.gradients),
+                "" if answer.hvps is None else str(answer.hvps),
+                *extra(result, answer),
             ]
         )
     head = ["library", "method", "ms", "spread", "ratio", "same method", "gradients", "HVPs"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 import bilevel as bl
 from speed import by_hand, ours
 from speed.entries import peer
-from speed.race import FLOOR, OURS, Contender, Result, Run, race, rows
+from speed.race import FLOOR, OURS, Contender, Result, Run, answers, race, rows
 from speed.work import Answer, Hypergradient, Work, descend, relative_error
 
 STEPS = 10  # upper steps of a measurement
@@ -69,16 +70,12 @@ def contenders(task: Work) -> list[Contender]:
 
 def tables(repeats: int) -> str:
     results = race(contenders(work()), repeats)
-    same: dict[str, Answer] = {}
-    for result in results:
-        if result.answer is not None:
-            same.setdefault(result.contender.method, result.answer)
+    same = answers(results)
     same["10 steps + Neumann"] = same["10 steps + CG"]
 
-    def extra(result: Result) -> list[str]:
-        twin, answer = same[result.contender.method], result.answer
-        assert answer is not None
-        rate = STEPS / sorted(result.seconds)[len(result.seconds) // 2]
+    def extra(result: Result, answer: Answer) -> list[str]:
+        twin = same[result.contender.method]
+        rate = STEPS / median(result.seconds)
         return [f"{rate:.0f}", f"{relative_error(answer.value, twin.value):.0e}"]
 
     about = (

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from speed.entries import contenders
 from speed.race import Result, race, rows
-from speed.work import Work, relative_error
+from speed.work import Answer, Work, relative_error
 
 CONDITION = 100.0
 CASES = ((100, 1e-3), (100, 1e-6), (1000, 1e-3), (1000, 1e-6))  # variables, relative error
@@ -44,9 +44,8 @@ def tables(repeats: int) -> str:
         task, truth = work(n)
         results = race(contenders(task, truth, tolerance), repeats)
 
-        def error(result: Result, truth: Tensor = truth) -> list[str]:
-            assert result.answer is not None
-            return [f"{relative_error(result.answer.value, truth):.0e}"]
+        def error(_: Result, answer: Answer, truth: Tensor = truth) -> list[str]:
+            return [f"{relative_error(answer.value, truth):.0e}"]
 
         about = f"{n} variables, relative error at most {tolerance:.0e}\n\n"
         parts.append(about + rows(results, error, ("error",)))

@@ -10,7 +10,7 @@ from torch.nn.functional import softplus
 from speed.entries import contenders
 from speed.race import Result, race, rows
 from speed.t1_quadratic import steps
-from speed.work import Work, relative_error
+from speed.work import Answer, Work, relative_error
 
 TOLERANCE = 1e-3
 LOG_WEIGHT = -3.0  # where x starts: weights of 0.05
@@ -72,9 +72,8 @@ def tables(repeats: int) -> str:
         task, truth = work(*load())
         results = race(contenders(task, truth, TOLERANCE), repeats)
 
-        def error(result: Result, truth: Tensor = truth) -> list[str]:
-            assert result.answer is not None
-            return [f"{relative_error(result.answer.value, truth):.0e}"]
+        def error(_: Result, answer: Answer, truth: Tensor = truth) -> list[str]:
+            return [f"{relative_error(answer.value, truth):.0e}"]
 
         about = f"{name}, relative error at most {TOLERANCE:.0e}\n\n"
         parts.append(about + rows(results, error, ("error",)))

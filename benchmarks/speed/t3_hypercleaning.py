@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice, repeat
+from itertools import islice, pairwise, repeat
 
 import torch
 from sklearn.datasets import load_digits
@@ -74,7 +74,7 @@ def cleaning(kind: str) -> Cleaning:
 
     widths = {"linear": (64, CLASSES), "network": (64, HIDDEN, CLASSES)}[kind]
     y: list[Tensor] = []
-    for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True):
+    for fan_in, fan_out in pairwise(widths):
         spread = 0.0 if kind == "linear" else fan_in**-0.5
         y += [
             spread * torch.randn(fan_in, fan_out, generator=generator),
@@ -155,11 +155,11 @@ def library(work: Work, solver: bl.Solver) -> Iterator[Answer]:
 
 def to_target(task: Cleaning, target: float, stream: Stream) -> Run:
     """As many steps as lead to the target accuracy, found once with a judge and then timed without one."""
-    began, best = time.process_time(), 0.0
-    for steps, answer in enumerate(stream(), 1):
-        reached = task.accuracy(answer.y)
-        best = max(best, reached)
-        if reached >= target:
+    began, best, steps = time.process_time(), 0.0, 0
+    for answer in stream():
+        steps += 1
+        best = max(best, task.accuracy(answer.y))
+        if best >= target:
             break
         if time.process_time() - began > LIMIT:
             raise MissedError(f"not at {target} after {LIMIT:g} s: {best:.3f}")
@@ -195,9 +195,7 @@ def contenders(task: Cleaning, target: float) -> list[Contender]:
     return [
         contender(FLOOR, "F2SA", partial(f2sa, work)),
         contender(FLOOR, "SOBA", partial(soba, work)),
-        contender(
-            FLOOR, unrolled, nested(work, partial(by_hand.unrolled, work, LOWER_STEPS))
-        ),
+        contender(FLOOR, unrolled, nested(work, partial(by_hand.unrolled, work, LOWER_STEPS))),
         one("ASBLO", bl.ASBLO(**penalty)),
         one("F2SA", bl.F2SA(inner_steps=1, **penalty)),
         one("SOBA", bl.SOBA(**moves)),
@@ -220,9 +218,8 @@ def tables(repeats: int) -> str:
         task = cleaning(kind)
         results = race(contenders(task, target), repeats)
 
-        def accuracy(result: Result, task: Cleaning = task) -> list[str]:
-            assert result.answer is not None
-            return [f"{task.accuracy(result.answer.y):.3f}"]
+        def accuracy(_: Result, answer: Answer, task: Cleaning = task) -> list[str]:
+            return [f"{task.accuracy(answer.y):.3f}"]
 
         about = f"{kind}, to a test accuracy of {target}\n\n"
         parts.append(about + rows(results, accuracy, ("accuracy",)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -11,8 +12,8 @@ from torch.nn.functional import cross_entropy
 import bilevel as bl
 from speed import by_hand, ours
 from speed.entries import peer
-from speed.race import FLOOR, OURS, Contender, Result, mebibytes, race, rows
-from speed.work import Hypergradient, Work, relative_error
+from speed.race import FLOOR, OURS, Contender, Result, answers, mebibytes, race, rows
+from speed.work import Answer, Hypergradient, Work, relative_error
 
 WIDTHS = (64, 968, 968, 10)  # 1,010,602 parameters
 SAMPLES = 128  # on each level
@@ -44,7 +45,7 @@ def work() -> Work:
         return (torch.sigmoid(x) * losses).mean()
 
     y: list[Tensor] = []
-    for fan_in, fan_out in zip(WIDTHS[:-1], WIDTHS[1:], strict=True):
+    for fan_in, fan_out in pairwise(WIDTHS):
         y += [normal(fan_in, fan_out) / fan_in**0.5, torch.zeros(fan_out)]
     return Work(upper, lower, torch.zeros(SAMPLES), tuple(y), lr=0.05)
 
@@ -69,17 +70,15 @@ def tables(repeats: int) -> str:
     parts = []
     for steps in STEPS:
         results = race(contenders(task, steps), repeats)
-        truth = results[0].answer
-        assert truth is not None
+        truth = answers(results)["unrolled"].value
 
-        def extra(result: Result, truth: Tensor = truth.value) -> list[str]:
-            assert result.answer is not None
-            apart = relative_error(result.answer.value, truth)
+        def extra(result: Result, answer: Answer, truth: Tensor = truth) -> list[str]:
+            apart = relative_error(answer.value, truth)
             return [mebibytes(result), f"{apart:.0e}"]
 
         parts.append(f"{steps} lower steps\n\n" + rows(results, extra, ("MiB", "apart")))
     about = (
-        f"{sum(y.numel() for y in task.y):,} parameters, {SAMPLES} samples on each level, float32. `MiB`: the tensors that "
-        "live at a time; `apart`: from the first row. Keeping the whole graph is faster, computing it twice is leaner.\n\n"
+        f"{sum(y.numel() for y in task.y):,} parameters, {SAMPLES} samples on each level, float32. "
+        "`apart`: from the first row. Keeping the whole graph is faster, computing it twice is leaner.\n\n"
     )
     return about + "\n\n".join(parts)

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "echoir"))
 
 from echo_upsampler import EchoUpsampler
 
-from speed.race import FLOOR, OURS, Contender, Result, Run, mebibytes, race, rows
+from speed.race import FLOOR, OURS, Contender, Result, Run, answers, mebibytes, race, rows
 from speed.work import Answer, relative_error
 
 SIDE = 64  # of the coarse image
@@ -73,13 +73,11 @@ def tables(repeats: int) -> str:
     parts = []
     for channels, radius in CASES:
         results = race(contenders(channels, radius), repeats)
-        truth = results[0].answer
-        assert truth is not None
+        truth = answers(results)["joint bilateral, unfold"].value
 
-        def extra(result: Result, truth: Tensor = truth.value) -> list[str]:
-            assert result.answer is not None
+        def extra(result: Result, answer: Answer, truth: Tensor = truth) -> list[str]:
             guided = "unguided" not in result.contender.method
-            apart = f"{relative_error(result.answer.value, truth):.0e}" if guided else ""
+            apart = f"{relative_error(answer.value, truth):.0e}" if guided else ""
             return [mebibytes(result), apart]
 
         about = f"{channels} channels, radius {radius}, {SIDE} x {SIDE} to twice that\n\n"
