@@ -23,6 +23,7 @@ from typing import Literal
 import torch
 import tyro
 from page import DOCS, write
+from speed.race import Rules
 
 TASKS = {
     "t0": "t0_tiny",
@@ -61,19 +62,17 @@ def add_peers(environment: Path) -> bool:
     return bool(packages)
 
 
-def about(has_peers: bool, repeats: int) -> str:
+def about(rules: Rules) -> str:
     """Where and when it was measured."""
     lines = [
         f"Measured on {datetime.date.today()} on {processor()}, {os.cpu_count()} cores, "
-        f"with one thread, in {repeats} rounds.",
+        f"with one thread, in {rules.repeats} rounds.",
         f"Python {platform.python_version()}, torch {torch.__version__}, bilevel {version('bilevel')}.",
     ]
-    if has_peers:
+    if rules.with_peers:
         lines.append(f"Peers: {', '.join(f'{name} {known_version(name)}' for name in PEERS)}.")
     else:
-        lines.append(
-            "The peers were not installed (`make peers`), so their rows say what is missing."
-        )
+        lines.append("The other libraries were not there: `make peers` installs them.")
     return "\n".join(lines)
 
 
@@ -96,13 +95,14 @@ def processor() -> str:
 
 def main(a: Arguments) -> None:
     torch.set_num_threads(1)
-    parts = [about(add_peers(a.peers), a.repeats)]
+    rules = Rules(a.repeats, add_peers(a.peers))
+    parts = [about(rules)]
     print(parts[0], flush=True)
     for task in a.tasks:
         began = time.perf_counter()
         module = importlib.import_module(f"speed.{TASKS[task]}")
-        title = module.__doc__.split("\n\n")[0].replace("\n", " ")
-        parts.append(f"## {title}\n\n{module.tables(a.repeats)}")
+        title = module.__doc__.split("\n\n")[0].replace("\n", " ").rstrip(".")
+        parts.append(f"## {title}\n\n{module.tables(rules)}")
         print(f"\n{parts[-1]}\n\n({time.perf_counter() - began:.0f} s)", flush=True)
     if set(a.tasks) == set(TASKS):
         write(DOCS / "benchmarks.md", "\n\n".join(parts))

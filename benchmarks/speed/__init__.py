@@ -1,1 +1,1 @@
-"""The tasks of `make bench`, one a file. Each has `tables(repeats)`: its tables, with what they compare."""
+"""The tasks of `make bench`, one a file. Each has `tables(rules)`: its tables, with what they compare."""

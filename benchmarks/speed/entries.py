@@ -10,10 +10,9 @@ from torch import Tensor
 
 import bilevel as bl
 from speed import by_hand, ours
-from speed.race import FLOOR, OURS, Contender, Run, tuned
+from speed.race import FLOOR, OURS, PEERS, Contender, Run, tuned
 from speed.work import Answer, Hypergradient, Work, relative_error
 
-PEERS = {"TorchOpt": "torchopt", "Betty": "betty", "BOAT": "boat", "higher": "higher"}
 # Lower steps that are tried, a fifth more each time: the first number that is enough is timed.
 CANDIDATES = sorted({round(8 * 1.2**k) for k in range(27)})
 CG, UNROLLED, NEUMANN = "momentum + CG", "momentum, unrolled", "momentum + Neumann"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import torch
 from torch import Tensor
 
@@ -34,8 +36,17 @@ def hypergradient(work: Work, method: bl.Estimator) -> Hypergradient:
     return run
 
 
+def iterated(work: Work, solver: bl.Solver, steps: int) -> Answer:
+    """`steps` upper steps by `bl.iterate`; x at the end."""
+    *_, state = islice(bl.iterate(work.problem, solver, work.x, work.start), steps)
+    return _answer(state)
+
+
 def solved(work: Work, solver: bl.Solver, steps: int) -> Answer:
-    """`steps` upper steps by `bl.solve`; x at the end."""
-    found = bl.solve(work.problem, solver, work.x, work.start, max_steps=steps, throw=False)
+    """The same by `bl.solve`, which certifies the answer too."""
+    return _answer(bl.solve(work.problem, solver, work.x, work.start, max_steps=steps, throw=False))
+
+
+def _answer(found: bl.State | bl.Solution) -> Answer:
     y = (found.y,) if isinstance(found.y, Tensor) else tuple(found.y)
     return Answer(found.x, y, found.evaluations.gradients, found.evaluations.hvp)

@@ -17,8 +17,22 @@ from speed.work import Answer
 
 FLOOR = "by hand"
 OURS = "bilevel"
+PEERS = {"TorchOpt": "torchopt", "Betty": "betty", "BOAT": "boat", "higher": "higher"}
 LEAST = 0.02  # seconds that a measurement lasts, so that the clock's own cost does not show
 Run = Callable[[], Answer]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Of all races.
+
+    Attributes:
+        repeats: rounds.
+        with_peers: whether the other libraries take part.
+    """
+
+    repeats: int = 7
+    with_peers: bool = True
 
 
 class MissedError(Exception):
@@ -50,8 +64,16 @@ class Result:
     reason: str = ""
 
 
-def race(contenders: Sequence[Contender], repeats: int) -> list[Result]:
-    """Time all of them, turn by turn: `repeats` rounds after one that pays for caches."""
+def race(contenders: Sequence[Contender], rules: Rules) -> list[Result]:
+    """Time all of them, turn by turn, after a round that pays for caches."""
+    if not rules.with_peers:
+        contenders = [c for c in contenders if c.library not in PEERS]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # few steps leave the lower problem unsolved, as is meant
+        return _race(contenders, rules.repeats)
+
+
+def _race(contenders: Sequence[Contender], repeats: int) -> list[Result]:
     runs: dict[int, tuple[Run, Answer, int]] = {}
     reasons: dict[int, str] = {}
     for i, contender in enumerate(contenders):
@@ -79,14 +101,10 @@ def timed(run: Run, number: int) -> float:
     """Seconds of one of `number` calls: those of the processor, which other programs hardly lengthen."""
     gc.collect()
     gc.disable()
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # a few steps leave the lower problem unsolved, as is meant here
-        began = time.process_time()
-        for _ in range(number):
-            run()
-        spent = time.process_time() - began
+    began = time.process_time()
+    for _ in range(number):
+        run()
+    spent = time.process_time() - began
     gc.enable()
     return spent / number
 
@@ -184,4 +202,6 @@ def mebibytes(result: Result) -> str:
 
 
 def milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g}"
+    """Three digits, or those before the point."""
+    ms = 1e3 * seconds
+    return f"{ms:.3g}" if ms < 999.5 else f"{ms:.0f}"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from speed.entries import contenders
-from speed.race import Result, race, rows
+from speed.race import Result, Rules, race, rows
 from speed.work import Answer, Work, relative_error
 
 CONDITION = 100.0
@@ -38,11 +38,11 @@ def steps(smallest: float, largest: float) -> tuple[float, float]:
     return (2.0 / (low + high)) ** 2, ((high - low) / (high + low)) ** 2
 
 
-def tables(repeats: int) -> str:
+def tables(rules: Rules) -> str:
     parts = []
     for n, tolerance in CASES:
         task, truth = work(n)
-        results = race(contenders(task, truth, tolerance), repeats)
+        results = race(contenders(task, truth, tolerance), rules)
 
         def error(_: Result, answer: Answer, truth: Tensor = truth) -> list[str]:
             return [f"{relative_error(answer.value, truth):.0e}"]

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from speed.entries import contenders
-from speed.race import Result, race, rows
+from speed.race import Result, Rules, race, rows
 from speed.t1_quadratic import steps
 from speed.work import Answer, Work, relative_error
 
@@ -66,11 +66,11 @@ def work(features: Tensor, signs: Tensor, training: int) -> tuple[Work, Tensor]:
     return Work(upper, lower, x, (zero,), *steps(*bounds)), truth
 
 
-def tables(repeats: int) -> str:
+def tables(rules: Rules) -> str:
     parts = []
     for name, load in DATA.items():
         task, truth = work(*load())
-        results = race(contenders(task, truth, TOLERANCE), repeats)
+        results = race(contenders(task, truth, TOLERANCE), rules)
 
         def error(_: Result, answer: Answer, truth: Tensor = truth) -> list[str]:
             return [f"{relative_error(answer.value, truth):.0e}"]

@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 import bilevel as bl
 from speed import by_hand
 from speed.entries import peer
-from speed.race import FLOOR, OURS, Contender, MissedError, Result, Run, race, rows
+from speed.race import FLOOR, OURS, Contender, MissedError, Result, Rules, Run, race, rows
 from speed.work import Answer, Hypergradient, Lower, Work, total
 
 CLASSES, TRAINING, VALIDATION = 10, 1000, 200
@@ -212,11 +212,11 @@ def _meso(work: Work) -> Iterator[Answer]:
     yield from peer("BOAT", "meso", work, SLOW)
 
 
-def tables(repeats: int) -> str:
+def tables(rules: Rules) -> str:
     parts = []
     for kind, target in TARGETS.items():
         task = cleaning(kind)
-        results = race(contenders(task, target), repeats)
+        results = race(contenders(task, target), rules)
 
         def accuracy(_: Result, answer: Answer, task: Cleaning = task) -> list[str]:
             return [f"{task.accuracy(answer.y):.3f}"]

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 import bilevel as bl
 from speed import by_hand, ours
 from speed.entries import peer
-from speed.race import FLOOR, OURS, Contender, Result, answers, mebibytes, race, rows
+from speed.race import FLOOR, OURS, Contender, Result, Rules, answers, mebibytes, race, rows
 from speed.work import Answer, Hypergradient, Work, relative_error
 
 WIDTHS = (64, 968, 968, 10)  # 1,010,602 parameters
@@ -65,11 +65,11 @@ def contenders(task: Work, steps: int) -> list[Contender]:
     ]
 
 
-def tables(repeats: int) -> str:
+def tables(rules: Rules) -> str:
     task = work()
     parts = []
     for steps in STEPS:
-        results = race(contenders(task, steps), repeats)
+        results = race(contenders(task, steps), rules)
         truth = answers(results)["unrolled"].value
 
         def extra(result: Result, answer: Answer, truth: Tensor = truth) -> list[str]:

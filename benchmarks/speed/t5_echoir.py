@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import echoir_step
 import torch
 
-from speed.race import OURS, Contender, Result, Run, race, rows
+from speed.race import OURS, Contender, Result, Rules, Run, race, rows
 from speed.work import Answer
 
 CPU = torch.device("cpu")
@@ -65,7 +65,7 @@ def trainings() -> dict[Contender, Training]:
     }
 
 
-def tables(repeats: int) -> str:
+def tables(rules: Rules) -> str:
     entries = trainings()
 
     def extra(result: Result, _: Answer) -> list[str]:
@@ -77,4 +77,4 @@ def tables(repeats: int) -> str:
         f"{BATCH} patches of 64 x 64 on each level, float32; the words name the lower objective. "
         "The ratios are to single-level training in the same loop, with the same optimizer.\n\n"
     )
-    return about + rows(race(list(entries), repeats), extra, ("goal", "MiB"), floor=SINGLE)
+    return about + rows(race(list(entries), rules), extra, ("goal", "MiB"), floor=SINGLE)

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "echoir"))
 
 from echo_upsampler import EchoUpsampler
 
-from speed.race import FLOOR, OURS, Contender, Result, Run, answers, mebibytes, race, rows
+from speed.race import FLOOR, OURS, Contender, Result, Rules, Run, answers, mebibytes, race, rows
 from speed.work import Answer, relative_error
 
 SIDE = 64  # of the coarse image
@@ -69,10 +69,10 @@ def contenders(channels: int, radius: int) -> list[Contender]:
     return [Contender(*who, partial(timed, forward)) for who, forward in ways.items()]
 
 
-def tables(repeats: int) -> str:
+def tables(rules: Rules) -> str:
     parts = []
     for channels, radius in CASES:
-        results = race(contenders(channels, radius), repeats)
+        results = race(contenders(channels, radius), rules)
         truth = answers(results)["joint bilateral, unfold"].value
 
         def extra(result: Result, answer: Answer, truth: Tensor = truth) -> list[str]:
