@@ -90,4 +90,4 @@ def total(counts: list[int | None]) -> int | None:
 
 
 def relative_error(found: Tensor, truth: Tensor) -> float:
-    return float((found - truth).norm() / truth.norm())
+    return float((found - truth).detach().norm() / truth.detach().norm())
