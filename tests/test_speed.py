@@ -36,7 +36,7 @@ def test_library_evaluates_one_gradient_and_one_product_more_than_by_hand(quadra
     hand = by_hand.implicit(work, STEPS, 1e-6, 24)(work.x, work.y)
     method = ours.implicit(work, STEPS, 1e-6, 24)
     found = ours.hypergradient(work, method)(work.x, work.y)
-    assert relative_error(found.value, hand.value) < 1e-9
+    assert relative_error(found.value, hand.value) < 1e-6  # what the linear systems are solved to
     assert (found.gradients, found.hvps) == (hand.gradients + 1, hand.hvps + 1)
 
 
