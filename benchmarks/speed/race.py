@@ -127,7 +127,7 @@ def tuned(
 ) -> Run:
     """The first of `make(candidate)` whose error is within the tolerance.
 
-    It looks at every fourth candidate first, and then at the three before the first that serves.
+    It looks at the last of each four first, and then at those before it where it serves.
 
     Raises:
         MissedError: none is.
@@ -138,11 +138,11 @@ def tuned(
         errors.append(error(run()))
         return errors[-1] <= tolerance
 
-    for i in range(0, len(candidates), 4):
-        run = make(candidates[i])
+    for start in range(0, len(candidates), 4):
+        *before, last = candidates[start : start + 4]
+        run = make(last)
         if serves(run):
-            before = map(make, candidates[max(0, i - 3) : i])
-            return next(filter(serves, before), run)
+            return next(filter(serves, map(make, before)), run)
     raise MissedError(f"misses {tolerance:.0e}: its relative error is {min(errors):.0e}")
 
 
