@@ -35,7 +35,6 @@ def test_its_file_is_small_and_says_how_it_was_made():
     rows = [json.loads(line) for line in DENOISER.with_name("metrics.jsonl").open()]
     assert (arguments["sigma"], arguments["seed"]) == ([5, 50], 0)
     assert rows[-1]["step"] == about["steps"] == sum(arguments["stages"])
-    assert rows[-1]["psnr"] == pytest.approx(about["psnr_rgb"], abs=0.5)  # crops, and whole ones
 
 
 # Measured less 0.1 dB.
