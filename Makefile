@@ -12,7 +12,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo zoo scoreboard test fuzz lint fmt bench docs serve check clean
+.PHONY: help setup demo zoo scoreboard faults test fuzz lint fmt bench peers docs serve check clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ scoreboard: $(STAMP)  ## Solve a folder of published problems (PROBLEMS=...), wr
 	@test -n "$(PROBLEMS)" || { echo "Name the folder of the problems: make scoreboard PROBLEMS=FOLDER"; exit 1; }
 	$(RUN) benchmarks/scoreboard.py $(PROBLEMS)
 
+faults: $(STAMP)  ## Do every fault of docs/reliability.md, write its table (about 3 minutes)
+	$(RUN) -m benchmarks.faults
+
 test: $(STAMP)  ## Run the tests, on as many cores as there are
 	$(RUN) -m pytest -n auto --maxprocesses 8
 
@@ -54,8 +57,15 @@ fmt: $(STAMP)  ## Format the code, mend what ruff can mend
 	$(RUN) -m ruff check --fix
 	$(RUN) -m ruff format
 
-bench: $(STAMP)  ## Time the library against hand-written loops
-	$(RUN) benchmarks/bench.py
+PEERS ?= .venv-peers
+bench: $(STAMP)  ## Time the library against hand-written torch and its peers, write docs/benchmarks.md
+	$(RUN) benchmarks/bench.py --peers $(PEERS)
+
+# Without what they depend on: they run with the torch of .venv, and one of them asks for an older Python.
+peers:  ## Install the libraries that `make bench` compares with, into .venv-peers (PEERS=...)
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --disable-pip-version-check -q --no-deps --ignore-requires-python \
+		-r benchmarks/peers/requirements.txt
 
 docs: $(STAMP)  ## Build the documentation into site/
 	$(RUN) -m mkdocs build --strict

@@ -1,120 +1,112 @@
-"""Times a hypergradient from a cold start: solve the lower problem from zero, then differentiate.
+"""Times the library against hand-written torch and its peers, and writes docs/benchmarks.md.
 
-    make bench        or        python benchmarks/bench.py
+    make bench        or        python benchmarks/bench.py [--tasks t0 t2] [--repeats 7] [--peers .venv-peers]
 
-Each row is one method on one problem: the median of several runs on one thread, the relative error
-against the closed form, and what was evaluated. `by hand` is what one would write without a library: gradient
-descent with momentum, tuned to the known condition number, and conjugate gradients.
+All contenders of a table run in one process, on one thread, and take turns. A row's time is the median of its
+rounds in seconds of the processor, and its ratio the median of the ratios to the fastest version by hand in the same
+round. `make peers` installs the other libraries. The page is written when all tasks ran.
 """
 
 from __future__ import annotations
 
-import statistics
+import datetime
+import importlib
+import os
+import platform
+import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
 
 import torch
-from torch import Tensor
+import tyro
+from page import DOCS, write
+from speed.race import Rules
 
-import bilevel as bl
+TASKS = {
+    "t0": "t0_tiny",
+    "t1": "t1_quadratic",
+    "t2": "t2_logistic",
+    "t3": "t3_hypercleaning",
+    "t4": "t4_network",
+    "t5": "t5_echoir",
+    "t6": "t6_upsampler",
+}
+PEERS = ("torchopt", "betty-ml", "boat-torch", "higher")
 
 
 @dataclass(frozen=True)
-class Case:
-    """A strongly convex quadratic with a known hypergradient; eigenvalues 1 to `condition`."""
+class Arguments:
+    """Times the library against hand-written torch and its peers.
 
-    n: int
-    condition: float
+    Attributes:
+        tasks: which to run.
+        repeats: rounds of each.
+        peers: environment with the other libraries, made by `make peers`.
+    """
 
-    def __str__(self) -> str:
-        return f"quadratic, n = {self.n}, condition {self.condition:g}"
-
-    def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(self.n, self.n, generator=generator, dtype=torch.float64)
-        basis = torch.linalg.qr(noise)[0]
-        eigenvalues = torch.logspace(0, 1, self.n, base=self.condition, dtype=torch.float64)
-        target = torch.randn(self.n, generator=generator, dtype=torch.float64)
-        return (basis * eigenvalues) @ basis.T, eigenvalues, target
+    tasks: tuple[Literal[tuple(TASKS)], ...] = tuple(TASKS)  # type: ignore[valid-type]
+    repeats: int = 7
+    peers: Path = Path(".venv-peers")
 
 
-def by_hand(case: Case, hessian: Tensor, target: Tensor, x: Tensor) -> Tensor:
-    root = case.condition**0.5
-    step, momentum = (2 / (1 + root)) ** 2, ((root - 1) / (root + 1)) ** 2
-    y, velocity = torch.zeros_like(x), torch.zeros_like(x)
-    for _ in range(100_000):
-        leaf = y.clone().requires_grad_(True)
-        (grad,) = torch.autograd.grad(0.5 * leaf @ (hessian @ leaf) - leaf @ x, leaf)
-        if grad.norm() < 1e-8:
-            break
-        velocity = momentum * velocity - step * grad
-        y = y + velocity
-    b = y - target
-    v, residual = torch.zeros_like(b), b.clone()
-    direction, square = residual.clone(), residual @ residual
-    while square > 1e-16 * (b @ b):
-        product = hessian @ direction
-        alpha = square / (direction @ product)
-        v, residual = v + alpha * direction, residual - alpha * product
-        square, previous = residual @ residual, square
-        direction = residual + square / previous * direction
-    return v
+def add_peers(environment: Path) -> bool:
+    """Let the packages of another environment be imported where this one has none of the name.
+
+    So all contenders share the torch of this one.
+    """
+    packages = sorted(environment.glob("lib/python*/site-packages"))
+    sys.path += map(str, packages)
+    return bool(packages)
 
 
-def median_ms(run: Callable[[], object], runs: int = 5) -> float:
-    run()  # the first one pays for caches
-    times = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times)
+def about(rules: Rules) -> str:
+    """Where and when it was measured."""
+    lines = [
+        f"Measured on {datetime.date.today()} on {processor()}, {os.cpu_count()} cores, "
+        f"with one thread, in {rules.repeats} rounds.",
+        f"Python {platform.python_version()}, torch {torch.__version__}, bilevel {version('bilevel')}.",
+    ]
+    if rules.with_peers:
+        lines.append(f"Peers: {', '.join(f'{name} {known_version(name)}' for name in PEERS)}.")
+    else:
+        lines.append("The other libraries were not there: `make peers` installs them.")
+    return "\n".join(lines)
 
 
-def main() -> None:
+def known_version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def processor() -> str:
+    """The model of the CPU."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def main(a: Arguments) -> None:
     torch.set_num_threads(1)
-    methods = {
-        "Implicit(CG)": bl.Implicit(bl.linear.CG()),
-        "Implicit(Dense)": bl.Implicit(bl.linear.Dense()),
-        "ValueFunction": bl.ValueFunction(),
-    }
-    print(f"{'':36} {'method':16} {'ms':>8} {'rel. error':>10} {'gradients':>9} {'HVPs':>6}")
-    for case in (Case(100, 100.0), Case(300, 100.0)):
-        hessian, _, target = case.matrices()
-        x, zero = torch.ones(case.n, dtype=torch.float64), torch.zeros(case.n, dtype=torch.float64)
-        truth = torch.linalg.solve(hessian, torch.linalg.solve(hessian, x) - target)
-        problem = bl.BilevelProblem(
-            upper=lambda x, y, data, target=target: 0.5 * ((y - target) ** 2).sum(),
-            lower=lambda x, y, data, hessian=hessian: 0.5 * y @ (hessian @ y) - y @ x,
-        )
-
-        def error(grad: Tensor, truth: Tensor = truth) -> float:
-            return float((grad - truth).norm() / truth.norm())
-
-        def hand(
-            case: Case = case, h: Tensor = hessian, t: Tensor = target, x: Tensor = x
-        ) -> Tensor:
-            return by_hand(case, h, t, x)
-
-        print(f"{case!s:36} {'by hand':16} {median_ms(hand):8.2f} {error(hand()):10.1e}")
-        for name, method in methods.items():
-
-            def run(
-                method: bl.Estimator = method,
-                problem: bl.BilevelProblem = problem,
-                x: Tensor = x,
-                zero: Tensor = zero,
-            ) -> bl.Estimate:
-                return bl.hypergradient(problem, x, zero, method=method)
-
-            estimate = run()
-            count = estimate.evaluations
-            print(
-                f"{'':36} {name:16} {median_ms(run):8.2f} {error(estimate.grad):10.1e} "
-                f"{count.gradients:9} {count.hvp:6}"
-            )
+    rules = Rules(a.repeats, add_peers(a.peers))
+    parts = [about(rules)]
+    print(parts[0], flush=True)
+    for task in a.tasks:
+        began = time.perf_counter()
+        module = importlib.import_module(f"speed.{TASKS[task]}")
+        title = module.__doc__.split("\n\n")[0].replace("\n", " ").rstrip(".")
+        parts.append(f"## {title}\n\n{module.tables(rules)}")
+        print(f"\n{parts[-1]}\n\n({time.perf_counter() - began:.0f} s)", flush=True)
+    if set(a.tasks) == set(TASKS):
+        write(DOCS / "benchmarks.md", "\n\n".join(parts))
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Arguments))

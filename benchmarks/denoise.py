@@ -1,6 +1,6 @@
 """Denoises crops of photographs by EchoIR, by CBM3D, by non-local means and by wavelets.
 
-    python benchmarks/denoise.py                               # the last run's weights on the photographs held out
+    python benchmarks/denoise.py                               # the denoiser that the example holds
     python benchmarks/denoise.py --weights FILE --data FOLDER  # other weights, other photographs
 
 Crops of 256 x 256 pixels, side by side in the middle of each photograph. Gaussian noise of a seed for each crop,
@@ -30,7 +30,7 @@ from ensemble import self_ensemble
 from noise import noise
 from photographs import bundled, load_image
 from scores import psnr, round8, ssim
-from weights import load_weights
+from weights import DENOISER, load_weights
 
 CROP = 256
 Denoiser = Callable[[np.ndarray, float], np.ndarray]  # (H, W, 3) and sigma in [0, 1] to (H, W, 3)
@@ -47,7 +47,7 @@ class Arguments:
         per_photograph: crops of one photograph at most.
     """
 
-    weights: Path = Path("runs/echoir/weights.safetensors")
+    weights: Path = DENOISER
     data: Path | None = None
     sigmas: tuple[float, ...] = (15.0, 25.0, 50.0)
     per_photograph: int = 2

@@ -1,6 +1,6 @@
 """Bi-level optimization for PyTorch."""
 
-from bilevel import barriers, distributed, fixed_points, linear, optim, schedules
+from bilevel import barriers, callbacks, distributed, fixed_points, linear, optim, schedules
 from bilevel._box import Box
 from bilevel._certify import certify
 from bilevel._checkpoint import load_state, save_state
@@ -92,6 +92,7 @@ __all__ = [
     "Unrolled",
     "ValueFunction",
     "barriers",
+    "callbacks",
     "certify",
     "check_hypergradient",
     "compare",

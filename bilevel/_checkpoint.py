@@ -150,6 +150,7 @@ def _serialize(state: State) -> memoryview:
         "evaluations": asdict(state.evaluations),
         "message": state.message,
         "origin": state.origin,
+        "recoveries": state.recoveries,
     }
     buffer = io.BytesIO()
     torch.save(parts, buffer)

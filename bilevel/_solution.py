@@ -124,6 +124,7 @@ class State:
         evaluations: Calls of the objectives since the start.
         message: Why the run ended, with the numbers; empty while it goes on.
         origin: The solver that made it and its mode, by which `iterate` knows whether it can go on from here.
+        recoveries: How often a line search came back from an x at which a value or a gradient was not finite.
     """
 
     x: Tree
@@ -135,6 +136,7 @@ class State:
     evaluations: Evaluations = field(default_factory=Evaluations)
     message: str = ""
     origin: str = ""
+    recoveries: int = 0
 
 
 @dataclass(frozen=True)
@@ -225,6 +227,7 @@ class Solution:
         certificate: How good the answer is, or None for a run on batches (`certify` makes one).
         state: The last state; `iterate(..., state=state)` goes on from it.
         message: Why the run ended, with the numbers.
+        recoveries: How often a line search came back from an x at which a value or a gradient was not finite.
     """
 
     x: Tree
@@ -238,6 +241,7 @@ class Solution:
     certificate: Certificate | None
     state: State
     message: str = ""
+    recoveries: int = 0
 
     def __str__(self) -> str:
         count = self.evaluations
@@ -260,6 +264,8 @@ class Solution:
             ),
             ("seconds", f"{self.seconds:.3g}"),
         ]
+        if self.recoveries:
+            rows.insert(1, ("recoveries", f"{self.recoveries}, from points without finite numbers"))
         return table(rows)
 
 

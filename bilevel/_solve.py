@@ -142,6 +142,7 @@ def solve(
         certificate=certificate,
         state=state,
         message=state.message,
+        recoveries=state.recoveries,
     )
 
 

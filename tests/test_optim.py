@@ -323,6 +323,26 @@ def test_torch_minimizes_a_lower_problem_and_says_how_it_ended() -> None:
     assert wild.status is Status.NONFINITE
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        Torch(torch.optim.SGD, lr=0.01, momentum=0.9, nesterov=True, max_steps=20),
+        Torch(torch.optim.Adam, lr=lambda step: 0.1 / (1 + step), amsgrad=True, max_steps=20),
+        Torch(torch.optim.Rprop, lr=0.01, max_norm=0.5, max_steps=20),
+    ],
+    ids=["momentum", "schedule", "shortened"],
+)
+def test_torch_minimizes_by_its_own_steps_bit_for_bit(method: Torch) -> None:
+    smooth = Smooth(logistic)
+    start = smooth.evaluate(torch.full((10,), 0.5).double())
+    y, memory = [start.y], method.init([start.y])
+    for _ in range(20):
+        y, memory = method.step(y, [smooth.evaluate(y[0]).grad], memory)
+    found = method.minimize(smooth, start)
+    assert torch.equal(found.point.y, y[0])
+    assert torch.equal(start.y, torch.full((10,), 0.5).double())
+
+
 def test_torch_shortens_a_step_out_of_the_domain() -> None:
     smooth = Smooth(lambda y: torch.where(y < 1.0, -5.0 * y - torch.log(1.0 - y), torch.inf).sum())
     start = smooth.evaluate(torch.full((1,), -3.0).double())

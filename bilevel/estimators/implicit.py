@@ -127,7 +127,8 @@ class Implicit(Estimator):
         residual = _tree.length(gradient.hvp(v) - upper_y) / (size or 1.0)
         grad = upper_x - gradient.mixed_vjp(v)
         status = Status.CONVERGED
-        if not (math.isfinite(float(upper)) and bool(torch.isfinite(grad).all())):
+        measured = math.isfinite(float(upper)) and math.isfinite(residual)  # and so the products
+        if not (measured and bool(torch.isfinite(grad).all())):
             status = Status.NONFINITE
         elif solved.status is not Status.CONVERGED:
             status = Status.LOWER_UNSOLVED

@@ -91,7 +91,7 @@ class OneStep(Estimator):
         grad = upper_x - self.lr * mixed
         lower, left = oracle.lower_grad_y(x, y_new)
         first, residual = _tree.length(slope), _tree.length(left)
-        finite = math.isfinite(float(upper)) and math.isfinite(residual)
+        finite = all(map(math.isfinite, (float(upper), float(lower), residual)))
         if not (finite and _tree.is_finite(grad)):
             return failed(oracle, x, y, Status.NONFINITE)
         scale = max(first, float((memory or {}).get("scale", 0.0)))

@@ -104,7 +104,8 @@ class Unrolled(Estimator):
         final, upper, grad, first, truncated = differentiate(oracle, x, y)
         lower, last = oracle.lower_grad_y(x, final)
         residual = _tree.length(last)
-        if not (math.isfinite(residual) and math.isfinite(upper) and _tree.is_finite(grad)):
+        finite = all(map(math.isfinite, (upper, float(lower), residual)))
+        if not (finite and _tree.is_finite(grad)):
             return failed(oracle, x, y, Status.NONFINITE)
         eps = torch.finfo(x.dtype).eps
         scale = max(first, float((memory or {}).get("scale", 0.0)))

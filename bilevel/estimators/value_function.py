@@ -133,8 +133,10 @@ class ValueFunction(Estimator):
                 return failed(oracle, x, y, z.status)
             start = self._feasible(lower, gap, y, z.point)
             if not math.isfinite(start.value):
-                status = Status.NONFINITE if math.isnan(start.value) else Status.INFEASIBLE
-                return failed(oracle, x, y, status)
+                # a strictly feasible point has its numbers: F is infinite there, not the barrier
+                feasible = start.extra is not None
+                broken = feasible or math.isnan(start.value)
+                return failed(oracle, x, y, Status.NONFINITE if broken else Status.INFEASIBLE)
             pull = max(_MEMORY * pull, start.extra.upper_y_norm)
             minimum = self.minimizer.minimize(gap, start, self.tol * pull)
             if minimum.status in (Status.NONFINITE, Status.LOWER_UNBOUNDED):

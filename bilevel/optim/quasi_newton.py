@@ -220,4 +220,5 @@ def _decreases(point: Point, new: Point, slope: float) -> bool:
 
 
 def _noise(point: Point, new: Point) -> float:
-    return 16.0 * max(point.noise, new.noise)
+    # where the value is infinite its rounding error is too, and would end the search at the first overshoot
+    return 16.0 * (max(point.noise, new.noise) if math.isfinite(new.value) else point.noise)

@@ -97,15 +97,9 @@ class Torch(Minimizer):
     ) -> tuple[list[Tensor], dict[str, Any]]:
         """New variables and memory after one step along `grads`; the arguments stay as they are."""
         new = [leaf.detach().clone() for leaf in variables]
-        if self.max_norm is not None:
-            shortened = (self.max_norm / _tree.norm(list(grads))).clamp(max=1.0)
-            grads = [grad * shortened for grad in grads]
+        self._set_grads(new, grads)
         optimizer = self.optimizer(new, lr=self.rate(memory["count"]), **self.options)
-        for leaf, grad, slot in zip(new, grads, memory["slots"], strict=True):
-            # Fused optimizers take the entries in memory order, which must be the variable's.
-            leaf.grad = (
-                grad if grad.stride() == leaf.stride() else torch.empty_like(leaf).copy_(grad)
-            )
+        for leaf, slot in zip(new, memory["slots"], strict=True):
             if slot:
                 optimizer.state[leaf] = {
                     k: v.clone() if isinstance(v, Tensor) else v for k, v in slot.items()
@@ -118,6 +112,16 @@ class Torch(Minimizer):
             "slots": [dict(optimizer.state[leaf]) for leaf in new],
         }
 
+    def _set_grads(self, variables: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+        if self.max_norm is not None:
+            shortened = (self.max_norm / _tree.norm(list(grads))).clamp(max=1.0)
+            grads = [grad * shortened for grad in grads]
+        for leaf, grad in zip(variables, grads, strict=True):
+            # Fused optimizers take the entries in memory order, which must be the variable's.
+            leaf.grad = (
+                grad if grad.stride() == leaf.stride() else torch.empty_like(leaf).copy_(grad)
+            )
+
     def minimize(
         self,
         fun: SmoothFunction,
@@ -128,7 +132,8 @@ class Torch(Minimizer):
     ) -> Minimum:
         """See `Minimizer.minimize`."""
         point, count = start, 0
-        memory = self.init([start.y])
+        y = start.y.detach().clone()  # moves in place, so that one optimizer can serve all steps
+        optimizer = self.optimizer([y], lr=self.rate(0), **self.options)
         while True:
             residual = _tree.length(point.grad)
             if not (math.isfinite(point.value) and math.isfinite(residual)):
@@ -137,11 +142,16 @@ class Torch(Minimizer):
                 return Minimum(point, residual, Status.CONVERGED, count)
             if count == self.max_steps:
                 return Minimum(point, residual, Status.MAX_STEPS, count)
-            (y,), memory = self.step([point.y], [point.grad], memory)
-            new = fun.evaluate(y)
+            if count and callable(self.lr):
+                before = optimizer.state[y]
+                optimizer = self.optimizer([y], lr=self.rate(count), **self.options)
+                optimizer.state[y] = before
+            self._set_grads([y], [point.grad])
+            optimizer.step()
+            new = fun.evaluate(y.clone())
             for _ in range(_HALVINGS):  # a step out of the function's domain is shortened
                 if new.value != math.inf:
                     break
-                y = 0.5 * (point.y + y)
-                new = fun.evaluate(y)
+                y.copy_(0.5 * (point.y + y))
+                new = fun.evaluate(y.clone())
             point, count = new, count + 1

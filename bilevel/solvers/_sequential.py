@@ -81,12 +81,13 @@ def step(sequence: Sequence, problem: BilevelProblem, state: State) -> State:
     memory = dict(state.memory)
     k: int = memory["stage"]
     method = sequence.stage(k, *memory["units"])
-    spent = Evaluations()
+    spent, recoveries = Evaluations(), state.recoveries
 
     def evaluate(u: Tensor) -> Point:
-        nonlocal spent
+        nonlocal spent, recoveries
         estimate = method.estimate(flat, u, y, None, memory["warm"])
         spent = spent + estimate.evaluations
+        recoveries += estimate.status is Status.NONFINITE
         return Point(u, estimate.value, estimate.grad, estimate.noise, estimate)
 
     start = memory.pop("next_x", x)  # present where a stage begins
@@ -140,6 +141,7 @@ def step(sequence: Sequence, problem: BilevelProblem, state: State) -> State:
         },
         memory=memory,
         evaluations=state.evaluations + spent,
+        recoveries=recoveries,
     )
 
 

@@ -136,18 +136,23 @@ def step(loop: SingleLoop, problem: BilevelProblem, state: State, data: Any) -> 
     hypergradient = _tree.axpy(sign * weight.value, difference, upper_x)
 
     norm = _tree.norm(hypergradient)
-    evaluations = state.evaluations + oracle.evaluations
-    if not bool(torch.isfinite(norm + _tree.norm(grad_y) + _tree.norm(lower_z) + upper + value_y)):
-        message = f"{Status.NONFINITE.value} (at step {k + 1}; F = {float(upper):.6g}, f = {float(value_y):.6g})"
-        return replace(state, status=Status.NONFINITE, message=message, evaluations=evaluations)
     z, optimizers["z"] = _moved(loop.value_optimizer, z, lower_z, optimizers["z"], numbers.mu)
     y, optimizers["y"] = _moved(loop.lower_optimizer, y, grad_y, optimizers["y"], ridge)
     # The value function lies below f(x, y): where y is the better lower minimizer, z goes on from there,
     # from the moved y: one step behind it, z would lose again, and x climb on the lag.
     z = _tree.where(average < 0.0, y, z)
     x, optimizers["x"] = _moved(loop.upper_optimizer, x, hypergradient, optimizers["x"])
+    x = projected_by(problem.domain, x)
+    evaluations = state.evaluations + oracle.evaluations
+    # The moved variables too: an optimizer may overflow where its gradient did not.
+    lengths = (norm, *map(_tree.norm, (grad_y, lower_z, x, y, z)))
+    if not bool(
+        torch.isfinite(torch.stack([part.to(norm) for part in (*lengths, upper, value_y)])).all()
+    ):
+        message = f"{Status.NONFINITE.value} (at step {k + 1}; F = {float(upper):.6g}, f = {float(value_y):.6g})"
+        return replace(state, status=Status.NONFINITE, message=message, evaluations=evaluations)
     return State(
-        x=projected_by(problem.domain, x),
+        x=x,
         y=y,
         step=k + 1,
         metrics={

@@ -246,13 +246,14 @@ class Walk:
         state, before = self._state, self._state.memory
         evaluations = state.evaluations + self.oracle.evaluations + self.spent
         norm = _tree.norm(residuals.x)
-        numbers = torch.stack([part.to(norm) for part in (norm, *residuals.rest, residuals.bias)])
+        values = (metrics["upper"], metrics["lower"])  # infinite ones may have finite gradients
+        parts = (norm, *residuals.rest, residuals.bias, *values)
+        numbers = torch.stack([part.to(norm) for part in parts])
         if not (bool(torch.isfinite(numbers).all()) and self._is_finite()):
-            values = ", ".join(
-                f"{name} = {float(metrics[key]):.6g}"
-                for name, key in (("F", "upper"), ("f", "lower"))
+            words = ", ".join(
+                f"{name} = {float(value):.6g}" for name, value in zip("Ff", values, strict=True)
             )
-            message = f"{Status.NONFINITE.value} (at step {state.step + 1}; {values})"
+            message = f"{Status.NONFINITE.value} (at step {state.step + 1}; {words})"
             return replace(state, status=Status.NONFINITE, message=message, evaluations=evaluations)
         self.memory["curvature"], self.memory["optimizers"] = self._curvature, self._optimizers
         self.memory["before"] = self._before
@@ -282,9 +283,11 @@ class Walk:
         A stage of the penalty is over where its problem is solved as well as it approximates the bilevel one: its
         bias is one over the penalty. A penalty that grows without waiting freezes y on its way.
         """
+        reach_x, reach_y = self.memory["reach"]
         for variable, reach, status in (
-            (self.x, self.memory["reach"][0], Status.UPPER_UNBOUNDED),
-            (self.y, self.memory["reach"][1], Status.LOWER_UNBOUNDED),
+            (self.x, reach_x, Status.UPPER_UNBOUNDED),
+            (self.y, reach_y, Status.LOWER_UNBOUNDED),
+            (self.memory.get("z", self.y), reach_y, Status.LOWER_UNBOUNDED),
         ):
             if _tree.length(variable) > _FAR * reach:
                 return (

@@ -110,9 +110,11 @@ class HypergradientDescent(Solver):
             )
         grad = _tree.leaves(unravel_x(estimate.grad))
         moved, memory = optimizer.step(_tree.leaves(state.x), grad, state.memory["optimizer"])
-        x_new = _tree.unflatten_like(state.x, moved)
+        x_new = projected_by(problem.domain, _tree.unflatten_like(state.x, moved))
+        if not _tree.is_finite(x_new):  # an optimizer may overflow where its gradient did not
+            return _ended(state, replace(estimate, status=Status.NONFINITE), unravel_y)
         return State(
-            x=projected_by(problem.domain, x_new),
+            x=x_new,
             y=unravel_y(estimate.y),
             step=state.step + 1,
             metrics=_metrics(estimate),
@@ -125,12 +127,13 @@ class HypergradientDescent(Solver):
     ) -> State:
         flat, (x, y), unravel_x, unravel_y = ravel(problem, state.x, state.y)
         memory, warm = dict(state.memory), state.memory["warm"]
-        spent = Evaluations()
+        spent, recoveries = Evaluations(), state.recoveries
 
         def evaluate(u: Tensor) -> Point:
-            nonlocal spent
+            nonlocal spent, recoveries
             estimate = self.estimator.estimate(flat, u, y, data, warm)
             spent = spent + estimate.evaluations
+            recoveries += estimate.status is Status.NONFINITE
             return Point(
                 u,
                 math.inf if _is_fatal(estimate) else estimate.value,
@@ -178,6 +181,7 @@ class HypergradientDescent(Solver):
             metrics=_metrics(estimate),
             memory=memory,
             evaluations=state.evaluations + spent,
+            recoveries=recoveries,
         )
 
 

@@ -15,6 +15,7 @@ from degradations import Task
 from model import PRESETS
 from objectives import Lower
 from stages import PerStage, plan
+from whole_file import replacing
 
 Polynomial = tuple[float, float, float]  # start, power, scale: start / (1 + step / scale) ** power
 POSITIVE = (
@@ -77,9 +78,9 @@ class Arguments:
             of the `cpu` preset, learns from it; the rest is D_tr, for the upsamplers.
         compare: train the same network by single-level AdamW too, as long as ASBLO took.
         device: `cpu`, `cuda`, ...; the fastest there is, by default.
-        amp: compute in bfloat16 where the device has units for it: GPUs, and CPUs with AMX. Elsewhere
-            it would only cost. Losses, weights and Adam's moments stay in float32, so no
-            scaling of the gradients is needed.
+        amp: compute in bfloat16; by default where it surely pays: on GPUs, and CPUs with AMX. CPUs with
+            AVX512_BF16 gain with large batches only. Losses, weights and Adam's moments stay in
+            float32, so no scaling of the gradients is needed.
         compile: compile the network; the start takes minutes longer, so for long runs.
         threads: of the CPU. Two runs are equal only at equal threads. One by default: the `cpu`
             preset's tensors are small, and a second thread gains a fifth on an idle machine but
@@ -117,7 +118,7 @@ class Arguments:
     val_share: float = 2 / 3
     compare: bool = False
     device: str | None = None
-    amp: bool = True
+    amp: bool | None = None
     compile: bool = False
     threads: int = 1
     seed: int = 0
@@ -170,13 +171,19 @@ def settle(a: Arguments) -> Arguments:
                 f"`--resume` must find a run to go on with. Got {a.output}, which has none. Start "
                 "one without --resume, or name its folder by --output."
             )
-        known = json.loads(saved.read_text())
-        known |= {name: Path(known[name]) for name in ("data", "init") if known.get(name)}
-        known |= {k: tuple(v) for k, v in known.items() if isinstance(v, list)}
-        return Arguments(**known, output=a.output, resume=True)
+        try:
+            known = json.loads(saved.read_text())
+            known |= {name: Path(known[name]) for name in ("data", "init") if known.get(name)}
+            known |= {k: tuple(v) for k, v in known.items() if isinstance(v, list)}
+            return Arguments(**known, output=a.output, resume=True)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"`--resume` must find the arguments of the run. Got {saved}, which is damaged: {error}. "
+                "Write it anew from another run's, or start without --resume."
+            ) from error
     check(a)
-    steps = a.steps or sum(a.stages) or None
-    return replace(a, steps=steps, amp=a.amp and fast_bfloat16(pick_device(a.device)))
+    amp = fast_bfloat16(pick_device(a.device)) if a.amp is None else a.amp
+    return replace(a, steps=a.steps or sum(a.stages) or None, amp=amp)
 
 
 def check(a: Arguments):
@@ -211,12 +218,15 @@ def check(a: Arguments):
 
 def start_anew(a: Arguments, methods: Sequence[str]):
     """Clears what an earlier run left in --output, and notes the arguments for --resume."""
+    note = a.output / "arguments.json"
+    note.unlink(missing_ok=True)  # first: killed from here on, that run must not go on from nothing
     for method in methods:
         shutil.rmtree(a.output / method, ignore_errors=True)
     a.output.mkdir(parents=True, exist_ok=True)
     kept = asdict(a) | {name: _absolute(getattr(a, name)) for name in ("data", "init")}
     del kept["output"], kept["resume"]
-    (a.output / "arguments.json").write_text(json.dumps(kept))
+    with replacing(note) as file:
+        file.write_text(json.dumps(kept))
 
 
 def _absolute(path: Path | None) -> str | None:

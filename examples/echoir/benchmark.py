@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from photographs import Source
 from protocols import Measured, Protocol
 from rich.table import Table
-from scores import round8
+from scores import channels_first, round8
 from test_sets import DERAINING, DERAINING_AVERAGE, SETS, average
 from torch import Tensor
 
@@ -66,16 +64,12 @@ def measure(
     """
     for source in photographs:
         photograph = source.read()
-        image, target = _tensor(photograph.input), _tensor(photograph.target)
+        image, target = (channels_first(i) / 255 for i in (photograph.input, photograph.target))
         before, after = (
             protocol.measure(image, target),
             protocol.measure(round8(restore(image)), target),
         )
         yield Row(photograph.name, before, after)
-
-
-def _tensor(image: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1), np.float32)) / 255
 
 
 def deraining(outcomes: list[Outcome]) -> Outcome | None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from whole_file import replacing, sync_folder
 
 import bilevel as bl
 
@@ -44,10 +45,12 @@ def save(folder: Path, checkpoint: Checkpoint):
     bl.save_state(unfinished / "state.pt", checkpoint.state)
     bl.save_state(unfinished / "average.pt", checkpoint.average)
     run = {"seconds": checkpoint.seconds, "finished": checkpoint.finished}
-    (unfinished / "run.json").write_text(json.dumps(run))
+    with replacing(unfinished / "run.json") as file:
+        file.write_text(json.dumps(run))
     finished = folder / f"step-{checkpoint.state.step:08d}"
     shutil.rmtree(finished, ignore_errors=True)
     os.replace(unfinished, finished)
+    sync_folder(folder)
     for old in _finished(folder)[KEPT:]:
         shutil.rmtree(old)
 

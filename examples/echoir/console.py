@@ -10,16 +10,41 @@ from rich.table import Table
 from scores import Result, Score, mean
 
 BAD_INPUT = 2  # the exit code of a user's mistake, as argument parsers have it
+NO_ROOM = 74  # EX_IOERR: the disk or the memory did not suffice; what was written before stays
 
 
 @contextmanager
 def fail_plainly() -> Iterator[None]:
-    """Prints a user's mistake as a message, not as a traceback."""
+    """Prints a user's mistake, or that disk or memory did not suffice, as a message and not as a traceback."""
     try:
         yield
     except ValueError as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(str(error), markup=False)
-        sys.exit(BAD_INPUT)
+        _leave(str(error), BAD_INPUT)
+    except OSError as error:
+        _leave(
+            f"The disk must take what is written. Got {error}. Make room or name another folder; what was "
+            "written before stays.",
+            NO_ROOM,
+        )
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        _leave(
+            f"The memory must hold the patches of a step, or a tile of an image. Got {error}. Lower the sizes: "
+            "--batch, --lower-batch and --patch in training, --tile in restoring.",
+            NO_ROOM,
+        )
+
+
+def _leave(message: str, code: int):
+    Console(stderr=True, soft_wrap=True, highlight=False).print(message, markup=False)
+    sys.exit(code)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """On a CPU torch has no error of its own for it."""
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "allocate memory" in str(error)
 
 
 def pick_device(name: str | None) -> torch.device:

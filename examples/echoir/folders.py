@@ -91,9 +91,25 @@ def phones(folder: Path) -> list[Unread]:
 
 
 def listed(file: Path) -> list[Unread]:
-    """The pairs of RealBlur's lists: a line has the paths of the target and of the input."""
+    """The pairs of RealBlur's lists: a line has the paths of the target and of the input.
+
+    Raises:
+        ValueError: if it is no such list, or leads out of its folder: it may come from anybody.
+    """
     found = []
-    for number, line in enumerate(file.read_text().splitlines(), 1):
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except ValueError as error:
+        raise ValueError(
+            f"A list of pairs must be text in UTF-8. Got {file}: {error}. Name another file."
+        ) from error
+    for number, line in enumerate(lines, 1):
+        for word in map(Path, line.split()):
+            if word.is_absolute() or ".." in word.parts:
+                raise ValueError(
+                    "A list of pairs must have paths below its own folder. "
+                    f"Got {word} in line {number} of {file}. Put the list above its images."
+                )
         paths = [file.parent / word for word in line.split()]
         if len(paths) not in (0, 2):
             raise ValueError(

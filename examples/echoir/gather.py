@@ -1,6 +1,7 @@
 """Makes a folder of training photographs from folders of large ones.
 
     python examples/echoir/gather.py /usr/share/backgrounds /usr/share/wallpapers --output photographs
+    python examples/echoir/gather.py /usr/share/wallpapers --leave-out '*Honeywave*' --bundled --output photographs
 
 Each photograph is shrunk to a short side of 720 pixels, which removes the blocks of JPEG and the noise of
 the sensor: what a network is to learn must not be in its targets. Left out: links, images smaller than
@@ -9,11 +10,13 @@ that, copies of one another at other sizes, and flat graphics.
 
 import sys
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import tyro
+from photographs import bundled
 from PIL import Image
 
 ENDINGS = (".jpg", ".jpeg", ".png")
@@ -29,11 +32,15 @@ class Arguments:
         folders: where to look, in all subfolders.
         output: folder to write to, as PNG.
         short_side: of the photographs written, in pixels.
+        leave_out: patterns (* and ?) of paths to leave out, graphics that pass for photographs.
+        bundled: write the photographs too that train.py learns from without --data.
     """
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
     output: Path
     short_side: int = 720
+    leave_out: tuple[str, ...] = ()
+    bundled: bool = False
 
 
 def gather(a: Arguments) -> list[str]:
@@ -42,7 +49,8 @@ def gather(a: Arguments) -> list[str]:
         if not folder.is_dir():
             raise ValueError(f"A folder to gather from must exist. Got {folder}. Check its name.")
     a.output.mkdir(parents=True, exist_ok=True)
-    found = sorted(p for folder in a.folders for p in folder.rglob("*") if is_image(p))
+    every = (path for folder in a.folders for path in folder.rglob("*") if is_image(path))
+    found = sorted(p for p in every if not any(fnmatch(str(p), out) for out in a.leave_out))
     thumbnails: list[np.ndarray] = []
     names: list[str] = []
     for path in found:
@@ -61,6 +69,11 @@ def gather(a: Arguments) -> list[str]:
         thumbnails.append(thumbnail)
         names.append(f"{len(names):03d}-{path.stem}.png")
         image.save(a.output / names[-1])
+    if a.bundled:
+        photographs = bundled()
+        for photograph in photographs.train + photographs.validation:
+            names.append(f"{photograph.name}.png")
+            Image.fromarray(photograph.read().target).save(a.output / names[-1])
     return names
 
 

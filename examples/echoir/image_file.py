@@ -4,17 +4,17 @@ What the camera noted by EXIF as "to be rotated" is rotated, and the note remove
 downwards in what the network was trained on, and many programs ignore the note.
 """
 
-import os
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import deep_color
 import numpy as np
 import torch
+from photographs import DAMAGED
 from PIL import Image
 from torch import Tensor
+from whole_file import replacing
 
 ORIENTATION = 0x0112  # EXIF's tag
 NESTED = (0x8769, 0x8825)  # those of the camera's settings, and of the place
@@ -68,6 +68,10 @@ class ImageFile:
         return replace(self, pixels=pixels.astype(self.pixels.dtype))
 
 
+class UnfitError(ValueError):
+    """The image is whole, but of a kind that is not restored."""
+
+
 def read_image(path: Path) -> ImageFile:
     """Reads an image of 8 or 16 bits a channel.
 
@@ -82,7 +86,9 @@ def read_image(path: Path) -> ImageFile:
             orientation = exif.get(ORIENTATION, 1)
             image.load()  # `open` alone accepts a truncated file
             return _read(path, image, orientation)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except UnfitError:
+        raise
+    except DAMAGED as error:
         raise ValueError(
             f"An image must be readable as a whole. Got {path}: {error}. Replace or leave it out."
         ) from error
@@ -92,12 +98,12 @@ def _read(path: Path, image: Image.Image, orientation: int) -> ImageFile:
     # An MPO is a JPEG with a preview, or with a second eye's view.
     kind = "JPEG" if image.format == "MPO" else image.format
     if kind not in FORMATS or (getattr(image, "n_frames", 1) > 1 and image.format != "MPO"):
-        raise ValueError(
+        raise UnfitError(
             f"An image must be a single one, as {', '.join(FORMATS)}. Got {path}: {image.format} of "
             f"{getattr(image, 'n_frames', 1)} frames. Convert it."
         )
     if image.mode in ("I", "F"):
-        raise ValueError(
+        raise UnfitError(
             f"An image must have integers of 8 or 16 bits. Got {path}, of 32 bits. Convert it."
         )
     exif, profile = image.getexif(), image.info.get("icc_profile")
@@ -127,25 +133,21 @@ def write_image(path: Path, image: ImageFile):
     samples = image.pixels
     if image.alpha is not None:
         samples = np.concatenate([samples, image.alpha[..., None]], 2)
-    unfinished = path.with_name(path.name + ".unfinished")
     try:
-        if samples.dtype == np.uint16:
-            deep_color.write(unfinished, np.ascontiguousarray(samples), image)
-        else:
-            options = {"exif": image.exif, "icc_profile": image.icc_profile, "dpi": image.dpi}
-            known = {name: value for name, value in options.items() if value}
-            squeezed = samples[..., 0] if samples.shape[2] == 1 else samples
-            picture = Image.fromarray(np.ascontiguousarray(squeezed))
-            picture.save(unfinished, format=image.format, **FORMATS[image.format], **known)
-        os.replace(unfinished, path)
+        with replacing(path) as file:
+            if samples.dtype == np.uint16:
+                deep_color.write(file, np.ascontiguousarray(samples), image)
+            else:
+                options = {"exif": image.exif, "icc_profile": image.icc_profile, "dpi": image.dpi}
+                known = {name: value for name, value in options.items() if value}
+                squeezed = samples[..., 0] if samples.shape[2] == 1 else samples
+                picture = Image.fromarray(np.ascontiguousarray(squeezed))
+                picture.save(file, format=image.format, **FORMATS[image.format], **known)
     except OSError as error:
         raise ValueError(
             f"The output must be a file that can be written. Got {path}: {error.strerror or error}. "
             "Name another folder."
         ) from error
-    finally:
-        with suppress(OSError):
-            unfinished.unlink(missing_ok=True)
 
 
 def _upright(samples: np.ndarray, orientation: int) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +21,7 @@ from scores import Result, mean
 from timing import stepping, take_turns
 from train import new_network, restorer
 from variants import Variant
+from whole_file import replacing
 
 import bilevel as bl
 
@@ -64,9 +64,8 @@ class Results:
     def write(self):
         """The file is the old or the new one, never half of one."""
         known = {k: getattr(self, k) for k in ("settings", "costs", "runs")}
-        unfinished = self.path.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(known, indent=1))
-        os.replace(unfinished, self.path)
+        with replacing(self.path) as file:
+            file.write_text(json.dumps(known, indent=1))
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def training_runs(
 
     training, validation = samplers(data.train), samplers(data.validation)
     everything = samplers(data.train + data.validation) if "single-level" in methods else {}
-    upper, lower = objectives(a.lower, alpha=a.alpha, amp=a.amp)
+    upper, lower = objectives(a.lower, alpha=a.alpha, amp=bool(a.amp))
     if a.compile:  # a copy: whole photographs, each of its own size, would be compiled one by one
         net = copy.deepcopy(net)
         net.compile(dynamic=False)

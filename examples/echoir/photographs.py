@@ -1,5 +1,6 @@
 """Photographs: read, or yet on disk; those that come with packages; the split by whole images."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,12 @@ from PIL import ExifTags, Image, ImageOps
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 TESTED = 24  # photographs held out at most: they are looked at while training goes on
 
-Image.MAX_IMAGE_PIXELS = (
-    200_000_000  # a 200-megapixel photograph is real, a larger one is an attack
-)
+# Pillow refuses twice as many, and only warns up to there: a 200-megapixel photograph is real, a larger
+# one is an attack.
+Image.MAX_IMAGE_PIXELS = 100_000_000
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# What Pillow raises where a file is damaged or made to exhaust the memory.
+DAMAGED = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 # The color photographs: CC0 or public domain, but china and flower are CC BY 2.0 by danielbuechele
 # and vultilion. The gray ones are left out: trained with those five too, the same network restores
@@ -123,7 +127,7 @@ def load_image(path: Path) -> np.ndarray:
         with Image.open(path) as image:
             image.load()  # `open` alone accepts a truncated file
             return np.array(ImageOps.exif_transpose(image).convert("RGB"))  # upright
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except DAMAGED as error:
         raise _unreadable(path, error) from error
 
 
@@ -141,7 +145,7 @@ def image_size(path: Path) -> tuple[int, int]:
             known = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
             turned = known and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
             return (width, height) if turned else (height, width)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except DAMAGED as error:
         raise _unreadable(path, error) from error
 
 

@@ -1,8 +1,9 @@
-"""Restores images with trained weights.
+"""Restores images: removes noise, with the weights that lie in denoiser/, or does what others were trained to.
 
-    python examples/echoir/restore.py PHOTO.jpg FOLDER 'ALBUM/**/*.tif' --output restored
-    python examples/echoir/restore.py PHOTO.jpg --output restored --self-ensemble     # better, eight times the time
-    python examples/echoir/restore.py PHOTO.jpg --output restored --weights echoir.onnx
+    python examples/echoir/restore.py PHOTO.jpg                      # to restored/PHOTO.jpg
+    python examples/echoir/restore.py PHOTO.jpg FOLDER 'ALBUM/**/*.tif' --output clean
+    python examples/echoir/restore.py PHOTO.jpg --self-ensemble      # better, eight times the time
+    python examples/echoir/restore.py PHOTO.jpg --weights runs/echoir/weights.safetensors    # or .onnx
 
 Images of the same names, formats, bit depths and metadata come out. Exit codes: 0 all are restored,
 1 some could not be (the rest is), 2 a mistake in the arguments.
@@ -25,7 +26,7 @@ from rich.console import Console
 from rich.progress import track
 from tiles import Scope, restore, restore_with
 from torch import Tensor
-from weights import load_weights
+from weights import DENOISER, load_weights
 
 FAILED = 1
 
@@ -37,7 +38,8 @@ class Arguments:
     Attributes:
         inputs: image files, folders of them, or patterns with *, ? and **.
         output: folder for the restored images; made if it does not exist.
-        weights: file written by train.py, or by export.py, which onnxruntime runs.
+        weights: file written by train.py, or by export.py, which onnxruntime runs; those of a blind
+            denoiser, for noise of sigma 5 to 50, by default.
         device: `cpu`, `cuda`, ...; the fastest there is, by default.
         amp: compute in bfloat16.
         tile: larger images are cut into tiles of this size; lower it if memory runs out.
@@ -49,8 +51,8 @@ class Arguments:
     """
 
     inputs: tyro.conf.Positional[tuple[str, ...]]
-    output: Path
-    weights: Path = Path("runs/echoir/weights.safetensors")
+    output: Path = Path("restored")
+    weights: Path = DENOISER
     device: str | None = None
     amp: bool = False
     tile: int = 512

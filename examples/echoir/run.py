@@ -5,6 +5,7 @@ A signal stops it between two steps, saved, so that it can be resumed bit for bi
 
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from checkpoint import Checkpoint, load, save
 from prefetch import prefetch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from whole_file import replacing
 
 import bilevel as bl
 
@@ -138,6 +140,7 @@ class Run:
                 done = clock.done(state.step)
                 progress.update(bar, completed=done, step=state.step, facts=_facts(seen | row))
             if now.finished or asked or time.perf_counter() - saved_at > SAVE_EVERY:
+                os.fsync(log.fileno())  # what is before a checkpoint is not done again
                 save(self.folder / "checkpoints", now)
                 saved_at = time.perf_counter()
             if now.finished:
@@ -159,7 +162,8 @@ class Run:
         """The metrics, one JSON object a line."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "metrics.jsonl"
-        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        with replacing(path) as file:
+            file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
         return path.open("a")
 
 

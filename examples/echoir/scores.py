@@ -116,8 +116,10 @@ def evaluate(
             degraded = degrade(target, np.random.default_rng(0))
         else:
             degraded = _center(photograph.input, crop)
-        image = _tensor(degraded)
-        results.append(Result(photograph.name, image, round8(restore(image)), _tensor(target)))
+        image = channels_first(degraded)
+        results.append(
+            Result(photograph.name, image, round8(restore(image)), channels_first(target))
+        )
     return results
 
 
@@ -128,5 +130,6 @@ def _center(image: np.ndarray, crop: int | None) -> np.ndarray:
     return image.astype(np.float32) / 255
 
 
-def _tensor(image: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+def channels_first(image: np.ndarray) -> Tensor:
+    """(H, W, C) of any numbers to (C, H, W) of float32."""
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1), np.float32))

@@ -9,7 +9,8 @@
 
 Ends with a table of PSNR and SSIM on photographs that training has not seen, and writes to --output:
 picture.png, weights.safetensors (the last), best.safetensors and metrics.jsonl, and a folder for each method.
-Exit codes: 0 done, 1 diverged, 2 a mistake in the arguments or the data, 75 stopped by a signal and saved.
+Exit codes: 0 done, 1 diverged, 2 a mistake in the arguments or the data, 74 the disk or the memory did not
+suffice, 75 stopped by a signal and saved.
 """
 
 import shutil
@@ -34,6 +35,7 @@ from run import Interrupted
 from scores import Result, evaluate, mean
 from tiles import restore
 from weights import load_weights, save_weights
+from whole_file import replacing
 
 import bilevel as bl
 
@@ -81,7 +83,7 @@ def restorer(a: Arguments, data: Split, net: EchoIR, device: torch.device):
         return evaluate(
             data.test,
             degrade,
-            lambda image: restore(net, image, device=device, amp=a.amp, tile=tile),
+            lambda image: restore(net, image, device=device, amp=bool(a.amp), tile=tile),
             crop,
         )
 
@@ -102,7 +104,7 @@ def main(arguments: Arguments, console: Console):
             "method": name,
             "task": a.task,
             "sigma": a.sigma,
-            "data": str(a.data or "bundled"),
+            "data": a.data.name if a.data else "bundled",
             "steps": state.step,
             "psnr_rgb": psnr,
         }
@@ -131,7 +133,8 @@ def main(arguments: Arguments, console: Console):
         console.print(f"{name}: {done.state.step} steps in {done.seconds:.0f} s")
         seconds = done.seconds  # the baseline gets what ASBLO took
     for file in ("weights.safetensors", "best.safetensors", "picture.png", "metrics.jsonl"):
-        shutil.copy(a.output / "asblo" / file, a.output / file)
+        with replacing(a.output / file) as copy:
+            shutil.copy(a.output / "asblo" / file, copy)
     console.print(score_table(results, title=f"photographs held out, {a.task}"))
     console.print(f"picture: {a.output / 'picture.png'}", soft_wrap=True)
     console.print(f"weights: {a.output / 'weights.safetensors'}", soft_wrap=True)
@@ -144,6 +147,9 @@ def exit_codes(console: Console, again: str) -> Iterator[None]:
         yield
     except Interrupted as interrupted:
         console.print(f"{interrupted}; go on with {again}", soft_wrap=True)
+        sys.exit(STOPPED)
+    except KeyboardInterrupt:  # before the first step, or while the result is measured
+        console.print(f"stopped; go on with {again}", soft_wrap=True)
         sys.exit(STOPPED)
     except bl.BilevelError as error:
         console.print(str(error), markup=False, soft_wrap=True)

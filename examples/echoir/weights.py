@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,10 @@ from model import EchoIR, EchoIRConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from whole_file import replacing
+
+# A blind denoiser; its arguments and its log lie beside it.
+DENOISER = Path(__file__).parent / "denoiser" / "weights.safetensors"
 
 
 def save_weights(path: Path, net: EchoIR, about: dict[str, Any]):
@@ -28,9 +31,8 @@ def save_weights(path: Path, net: EchoIR, about: dict[str, Any]):
         "about": json.dumps(about),
         "sha256": _digest(tensors),
     }
-    unfinished = path.with_name(path.name + ".unfinished")
-    save_file(tensors, unfinished, metadata)
-    os.replace(unfinished, path)
+    with replacing(path) as file:
+        save_file(tensors, file, metadata)
 
 
 def load_weights(path: Path, device: torch.device) -> tuple[EchoIR, dict[str, Any]]:
@@ -65,11 +67,34 @@ def load_weights(path: Path, device: torch.device) -> tuple[EchoIR, dict[str, An
             f"The weights must match their checksum. Got {path}, which does not: the file is "
             "damaged. Copy or train it anew."
         )
-    config = json.loads(metadata["config"])
-    config |= {"blocks": tuple(config["blocks"]), "heads": tuple(config["heads"])}
-    net = EchoIR(EchoIRConfig(**config))
-    net.load_state_dict(tensors)
-    return net.to(device, memory_format=torch.channels_last).eval(), json.loads(metadata["about"])
+    net, about = _network(path, metadata, tensors)
+    return net.to(device, memory_format=torch.channels_last).eval(), about
+
+
+def _network(
+    path: Path, metadata: dict[str, str], tensors: dict[str, Tensor]
+) -> tuple[EchoIR, dict[str, Any]]:
+    """The network that the head of a file describes: first without storage, whatever size it claims."""
+    try:
+        config = json.loads(metadata["config"])
+        config |= {"blocks": tuple(config["blocks"]), "heads": tuple(config["heads"])}
+        with torch.device("meta"):
+            net = EchoIR(EchoIRConfig(**config))
+        net.load_state_dict(tensors, assign=True)
+        return net, json.loads(metadata["about"])
+    except (
+        TypeError,
+        KeyError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+    ) as error:
+        first = str(error).strip().splitlines()[:2]
+        raise ValueError(
+            f"The weights must fit the configuration in their file. Got {path}, where they do not: "
+            f"{' '.join(map(str.strip, first))} Copy or train it anew."
+        ) from error
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:

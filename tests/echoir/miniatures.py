@@ -20,12 +20,28 @@ def pairs(count, seed=0):
     return found
 
 
-def collection(name, below="Datasets/test"):
+def shifted(count):
+    """Clean scenes, and what a second camera saw a pixel beside them, through a veil.
+
+    In a flat frame and far from white, so that neither a border nor clipping tells the two apart: the
+    shift aligns them exactly, and what is left is the veil.
+    """
+    rng = np.random.default_rng(0)
+    found = []
+    for i in range(count):
+        clean = np.full((HEIGHT, WIDTH, 3), 90, np.uint8)
+        clean[6:-6, 6:-6] = scene(rng, HEIGHT - 12, WIDTH - 12) // 2
+        beside = np.roll(clean, ((1, 0), (0, -1), (1, 1))[i % 3], (0, 1))
+        found.append((beside + np.uint8(30), clean))
+    return found
+
+
+def collection(name, below="Datasets/test", show=pairs):
     """Restormer's collection: `Datasets/test/NAME/{input,target}`."""
 
     def build(root):
         made = []
-        for i, (degraded, clean) in enumerate(pairs(3), 1):
+        for i, (degraded, clean) in enumerate(show(3), 1):
             save(root / below / name / "input" / f"{i}.png", degraded)
             save(root / below / name / "target" / f"{i}.png", clean)
             made.append((f"{i}.png", degraded, clean))
@@ -90,7 +106,7 @@ def realblur(camera, part="test"):
 
     def build(root):
         made, lines = [], []
-        for i, (degraded, clean) in enumerate(pairs(3), 1):
+        for i, (degraded, clean) in enumerate(shifted(3), 1):
             where = f"{folder}/scene{i // 2:03}"
             save(root / where / "blur" / f"blur_{i}.png", degraded)
             save(root / where / "gt" / f"gt_{i}.png", clean)
@@ -149,3 +165,26 @@ def dnd(root, count=2):
             crops = [photograph[a - 1 : c, b - 1 : d] for a, b, c, d in boxes]
             made.append(crops)
     return made
+
+
+# Every layout of every test set with public targets, as what `evaluate.py --set` calls it and its builder.
+LAYOUTS = [
+    ("test100", collection("Test100")),
+    ("test100", side_by_side("Test100", rainy="right")),
+    ("test100", side_by_side("test_syn", rainy="left")),
+    ("rain100h", collection("Rain100H")),
+    ("rain100l", collection("Rain100L", below="test")),
+    ("test2800", collection("Test2800", below=".")),
+    ("test2800", rain1400),
+    ("test1200", collection("Test1200")),
+    ("test1200", side_by_side("DID-MDN-test", rainy="left")),
+    ("gopro", collection("GoPro")),
+    ("gopro", gopro("test")),
+    ("hide", collection("HIDE")),
+    ("hide", hide),
+    ("realblur-r", collection("RealBlur_R", show=shifted)),
+    ("realblur-r", realblur("R")),
+    ("realblur-j", collection("RealBlur_J", show=shifted)),
+    ("realblur-j", realblur("J")),
+    ("sidd", sidd_blocks),
+]

@@ -33,6 +33,16 @@ def test_photographs_are_shrunk_and_each_is_taken_once(tmp_path: Path) -> None:
             assert image.size == size
 
 
+def test_some_are_left_out_and_those_of_packages_added(tmp_path: Path) -> None:
+    for number, name in enumerate(("a", "Waves/b", "c")):
+        photograph(tmp_path / f"{name}.png", (120, 110), number)
+    options = {"short_side": 100, "leave_out": ("*Waves*", "*c.png"), "bundled": True}
+    names = gather.gather(gather.Arguments((tmp_path,), tmp_path / "out", **options))
+    assert names == ["000-a.png", "flower.png", "astronaut.png", "rocket.png"]
+    with Image.open(tmp_path / "out" / "astronaut.png") as image:
+        assert image.size == (512, 512)
+
+
 def test_folder_that_is_none_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"must exist. Got .*nowhere"):
         gather.gather(gather.Arguments((tmp_path / "nowhere",), tmp_path / "out"))

@@ -4,11 +4,11 @@ import pytest
 from folders import load_folder
 from layouts import halves
 from miniatures import (
+    LAYOUTS,
     collection,
     gopro,
     hide,
     pairs,
-    rain1400,
     realblur,
     sidd_blocks,
     sidd_medium,
@@ -17,27 +17,6 @@ from miniatures import (
 from photographs import Unread, split
 from scenes import save
 from test_sets import SETS, gaussian_set
-
-TESTS = [
-    ("test100", collection("Test100")),
-    ("test100", side_by_side("Test100", rainy="right")),
-    ("test100", side_by_side("test_syn", rainy="left")),
-    ("rain100h", collection("Rain100H")),
-    ("rain100l", collection("Rain100L", below="test")),
-    ("test2800", collection("Test2800", below=".")),
-    ("test2800", rain1400),
-    ("test1200", collection("Test1200")),
-    ("test1200", side_by_side("DID-MDN-test", rainy="left")),
-    ("gopro", collection("GoPro")),
-    ("gopro", gopro("test")),
-    ("hide", collection("HIDE")),
-    ("hide", hide),
-    ("realblur-r", collection("RealBlur_R")),
-    ("realblur-r", realblur("R")),
-    ("realblur-j", collection("RealBlur_J")),
-    ("realblur-j", realblur("J")),
-    ("sidd", sidd_blocks),
-]
 
 
 def same(found, made):
@@ -49,7 +28,7 @@ def same(found, made):
         assert np.array_equal(photograph.target, clean)
 
 
-@pytest.mark.parametrize(("name", "build"), TESTS)
+@pytest.mark.parametrize(("name", "build"), LAYOUTS)
 def test_every_test_set_is_found_in_each_of_its_layouts(name, build, tmp_path):
     made = build(tmp_path)
     found = SETS[name].photographs(tmp_path)

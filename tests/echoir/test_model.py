@@ -31,6 +31,48 @@ def test_counts(name):
         assert counted["flops"] / 1e9 == pytest.approx(paper_gflops, rel=tolerance)
 
 
+# The paper's network, part by part.
+PARTS = {
+    "shallow": 1_344,
+    "encoders.0": 160_364,
+    "downsamplers.0": 41_568,
+    "encoders.1": 923_592,
+    "downsamplers.1": 166_080,
+    "encoders.2": 3_613_200,
+    "downsamplers.2": 663_936,
+    "middle": 19_063_344,
+    "upsamplers.2": 270_272,
+    "fuses.2": 73_920,
+    "decoders.2": 3_613_200,
+    "upsamplers.1": 67_745,
+    "fuses.1": 18_528,
+    "decoders.1": 923_592,
+    "upsamplers.0": 16_977,
+    "fuses.0": 4_656,
+    "decoders.0": 160_364,
+    "final": 160_364,
+    "reconstruction": 1_299,
+}
+
+
+def test_counts_of_every_part():
+    with torch.device("meta"):
+        net = EchoIR(PRESETS["paper"])
+    counted = {name: net.get_submodule(name) for name in PARTS}
+    assert {k: sum(p.numel() for p in v.parameters()) for k, v in counted.items()} == PARTS
+    assert sum(PARTS.values()) == COUNTS["echo"][0]  # nothing is left out
+
+
+@pytest.mark.parametrize(
+    ("name", "hidden"), [("echo", (127, 255, 510, 1021)), ("ca_only", (64, 128, 256, 512))]
+)
+def test_hidden_widths_of_the_feedforward(name, hidden):
+    with torch.device("meta"):
+        net = EchoIR(ABLATIONS[name])
+    feedforwards = [stage[0].feedforward for stage in (*net.encoders, net.middle)]
+    assert tuple(f.narrow.in_channels for f in feedforwards) == hidden
+
+
 def test_counts_of_the_other_presets():
     assert count(PRESETS["restormer_wide"], 64)["parameters"] == 30_282_662
     assert count(PRESETS["small"], 64)["parameters"] == 882_361

@@ -1,15 +1,15 @@
 import align
+import by_hand
 import numpy as np
 import protocols
 import pytest
 import torch
 from align import homography
-from numpy.lib.stride_tricks import sliding_window_view
 from protocols import on_aligned, on_luma, on_rgb
 from scenes import scene
 from scipy import ndimage
 from scipy.ndimage import gaussian_filter, map_coordinates
-from scores import luma, psnr, ssim
+from scores import luma, psnr, round8, ssim
 from skimage import metrics
 from skimage.data import coffee
 
@@ -25,22 +25,6 @@ def tensor(image):
     return torch.from_numpy(image.transpose(2, 0, 1).astype(np.float32) / 255)
 
 
-def hand_ssim(first, second):
-    """Wang et al. (2004), window by window; (H, W) of 0 to 255."""
-    offsets = np.arange(-5, 6)
-    weight = np.exp(-(offsets**2) / (2 * 1.5**2))
-    weight = np.outer(weight, weight) / weight.sum() ** 2
-    a, b = (sliding_window_view(i.astype(float), (11, 11)) for i in (first, second))
-
-    def mean(windows):
-        return (windows * weight).sum((-1, -2))
-
-    ma, mb = mean(a), mean(b)
-    va, vb, both = mean(a * a) - ma**2, mean(b * b) - mb**2, mean(a * b) - ma * mb
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    return ((2 * ma * mb + c1) * (2 * both + c2) / ((ma**2 + mb**2 + c1) * (va + vb + c2))).mean()
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_psnr_and_ssim_equal_scikit_image_and_the_formula(seed):
     noisy, clean = noisy_pair(seed=seed)
@@ -52,8 +36,7 @@ def test_psnr_and_ssim_equal_scikit_image_and_the_formula(seed):
         clean, noisy, data_range=255, channel_axis=2, **options
     )
     assert ssim(a, b) == pytest.approx(expected, abs=1e-6)
-    by_hand = np.mean([hand_ssim(noisy[..., c], clean[..., c]) for c in range(3)])
-    assert ssim(a, b) == pytest.approx(by_hand, abs=1e-6)
+    assert ssim(a, b) == pytest.approx(by_hand.ssim(noisy, clean), abs=1e-6)
 
 
 # MATLAB's rgb2ycbcr of uint8 colors: white, black, red, green, blue, gray, and a mixture by its matrix.
@@ -76,14 +59,19 @@ def test_luma_equals_matlab(color, expected):
     assert round(float(luma(image)[0, 0]) * 255) == expected
 
 
+def test_rounded_luma_equals_whole_numbers():
+    """No color of a grid is off by a rounding; in exact arithmetic, thousandths of a level."""
+    colors = np.stack(np.meshgrid(*3 * [np.arange(0, 256, 5)]), -1).reshape(-1, 1, 3)
+    thousandths = 255 * 16_000 + colors @ [65_481, 128_553, 24_966]
+    exact = (thousandths + 127_500) // 255_000
+    assert np.array_equal((round8(luma(tensor(colors))) * 255).round().numpy(), exact)
+    assert np.array_equal(by_hand.luma8(colors), exact)
+
+
 def test_deraining_is_measured_on_rounded_luma():
     noisy, clean = noisy_pair()
-    y = [np.floor(i @ [65.481, 128.553, 24.966] / 255 + 16.5) for i in (noisy, clean)]
-    measured = on_luma(tensor(noisy), tensor(clean))
-    assert measured.psnr == pytest.approx(
-        10 * np.log10(255**2 / np.mean((y[0] - y[1]) ** 2)), abs=1e-6
-    )
-    assert measured.ssim == pytest.approx(hand_ssim(*y), abs=1e-6)
+    expected = by_hand.figures(noisy, clean, "Y")
+    assert on_luma(tensor(noisy), tensor(clean)) == pytest.approx(expected, abs=1e-6)
 
 
 def smooth(height=120, width=150):

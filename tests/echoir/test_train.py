@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def command(folder, output, *options):
-    fixed = ["--threads", "1", "--patch", "16", "--batch", "2", "--device", "cpu", "--no-amp"]
+    fixed = ["--threads", "1", "--patch", "16", "--batch", "2", "--device", "cpu", "--amp", "False"]
     words = [sys.executable, EXAMPLE / "train.py", "--data", folder, "--output", output, *fixed]
     return [str(word) for word in (*words, *options)]
 
@@ -222,6 +222,48 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
     with pytest.raises(ValueError, match="only damaged ones"):
         load_checkpoint(tmp_path, CPU)
     assert load_checkpoint(tmp_path / "nothing here", CPU) is None
+
+
+class Killed(BaseException):
+    """Nothing after it is done, as after SIGKILL."""
+
+
+def die(*_, **__):
+    raise Killed
+
+
+def die_writing(path, _):
+    """With the file open, and still empty."""
+    path.write_bytes(b"")
+    raise Killed
+
+
+@pytest.mark.parametrize(
+    ("where", "death"), [("shutil.rmtree", die), ("pathlib.Path.write_text", die_writing)]
+)
+def test_a_start_that_is_killed_leaves_no_run_to_go_on_with(
+    folder, tmp_path, monkeypatch, where, death
+):
+    """Its cleared folder with the arguments of the run before would be trained as that one."""
+    (tmp_path / "arguments.json").write_text("{}")
+    monkeypatch.setattr(where, death)
+    with pytest.raises(Killed):
+        command_line(command(folder, tmp_path, "--steps", "1")[2:])
+    assert not (tmp_path / "arguments.json").exists()
+
+
+def test_a_resume_that_is_killed_keeps_the_log(folder, tmp_path, monkeypatch):
+    """The best weights yet are known by it."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        with pytest.raises(SystemExit):
+            command_line(command(folder, tmp_path, "--steps", "4", "--look-every", "2")[2:])
+    log = tmp_path / "asblo" / "metrics.jsonl"
+    assert [row["step"] for row in rows(log)] == [2]
+    monkeypatch.setattr("pathlib.Path.write_text", die_writing)
+    with pytest.raises(Killed):
+        command_line(command(folder, tmp_path, "--resume")[2:])
+    assert [row["step"] for row in rows(log)] == [2]
 
 
 def test_divergence_is_told(folder, tmp_path, capsys):

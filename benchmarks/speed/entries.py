@@ -1,0 +1,83 @@
+"""The contenders for one hypergradient from a cold start, to a relative error that all must reach."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import partial
+
+from torch import Tensor
+
+import bilevel as bl
+from speed import by_hand, ours
+from speed.race import FLOOR, OURS, PEERS, Contender, Run, tuned
+from speed.work import Answer, Hypergradient, Work, relative_error
+
+# Lower steps that are tried, a fifth more each time: the first number that is enough is timed.
+CANDIDATES = [round(8 * 1.2**k) for k in range(28)]  # to 1,099
+CG, UNROLLED, NEUMANN = "momentum + CG", "momentum, unrolled", "momentum + Neumann"
+
+
+def peer(name: str, method: str, work: Work, *numbers: float) -> Hypergradient:
+    """By another library, whose module is imported only now: it may be missing, or fail."""
+    module = importlib.import_module(f"peers.with_{PEERS[name]}")
+    return getattr(module, method)(work, *numbers)
+
+
+def contenders(work: Work, truth: Tensor, tolerance: float) -> list[Contender]:
+    """By hand, the library and its peers, each with as many steps as it needs for `tolerance`."""
+    products = 10 * truth.numel()
+
+    def error(answer: Answer) -> float:
+        return relative_error(answer.value, truth)
+
+    def prepared(make: Callable[[int], Hypergradient], tries: list[int]) -> Callable[[], Run]:
+        def run_of(steps: int) -> Run:
+            return partial(make(steps), work.x, work.y)
+
+        return lambda: tuned(run_of, error, tolerance, tries)
+
+    def steps(make: Callable[[int], Hypergradient]) -> Callable[[], Run]:
+        return prepared(make, CANDIDATES)
+
+    def once(method: bl.Estimator) -> Callable[[], Run]:
+        return prepared(lambda _: ours.hypergradient(work, method), [0])
+
+    rtol = 0.1 * tolerance  # of the linear system, and of Newton's method
+    inexact = bl.Implicit(bl.linear.CG(rtol=rtol), tol=rtol)
+    exact = recommended(work)
+    return [
+        Contender(FLOOR, CG, steps(lambda n: by_hand.implicit(work, n, rtol, products))),
+        Contender(FLOOR, UNROLLED, steps(lambda n: by_hand.unrolled(work, n))),
+        Contender(
+            OURS,
+            CG,
+            steps(lambda n: ours.hypergradient(work, ours.implicit(work, n, rtol, products))),
+        ),
+        Contender(OURS, "Newton + CG, to the tolerance", once(inexact)),
+        Contender(OURS, f"{_name(exact)}, as recommended", once(exact)),
+        Contender(
+            "TorchOpt", CG, steps(lambda n: peer("TorchOpt", "implicit", work, n, rtol, products))
+        ),
+        Contender("TorchOpt", UNROLLED, steps(lambda n: peer("TorchOpt", "unrolled", work, n))),
+        # Where no test of the residual is relative or there at all: as many products as steps.
+        Contender("Betty", CG, steps(lambda n: peer("Betty", "implicit", work, n, n))),
+        Contender("Betty", NEUMANN, steps(lambda n: peer("Betty", "neumann", work, n, n))),
+        Contender("BOAT", CG, steps(lambda n: peer("BOAT", "implicit", work, n, n))),
+        Contender("BOAT", UNROLLED, steps(lambda n: peer("BOAT", "unrolled", work, n))),
+        Contender("higher", UNROLLED, steps(lambda n: peer("higher", "unrolled", work, n))),
+    ]
+
+
+def recommended(work: Work) -> bl.Estimator:
+    """The estimator of the solver that `recommend` picks."""
+    method = bl.recommend(work.problem, work.x, work.start).method
+    if not isinstance(method, bl.HypergradientDescent):
+        raise TypeError(f"a strongly convex problem was to be given a descent. Got {method}.")
+    return method.estimator
+
+
+def _name(estimator: bl.Estimator) -> str:
+    linear = getattr(estimator, "linear", None)
+    inner = "" if linear is None else type(linear).__name__
+    return f"{type(estimator).__name__}({inner})"

@@ -1,0 +1,52 @@
+"""The library, through its public interface."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+import bilevel as bl
+from speed.work import Answer, Hypergradient, Lower, Work
+
+
+def sgd(work: Work, steps: int) -> bl.optim.Torch:
+    """The gradient descent on y of all contenders."""
+    return bl.optim.Torch(torch.optim.SGD, lr=work.lr, momentum=work.momentum, max_steps=steps)
+
+
+def implicit(work: Work, steps: int, rtol: float, products: int) -> bl.Implicit:
+    """Exactly what `by_hand.implicit` does."""
+    return bl.Implicit(
+        bl.linear.CG(rtol=rtol, max_steps=products), minimizer=sgd(work, steps), tol=0.0
+    )
+
+
+def hypergradient(work: Work, method: bl.Estimator) -> Hypergradient:
+    """By `bl.hypergradient`, which checks the problem at every call."""
+    problem = work.problem
+
+    def run(x: Tensor, y: Lower) -> Answer:
+        found = bl.hypergradient(problem, x, y[0] if len(y) == 1 else y, method)
+        count = found.evaluations
+        at = (found.y,) if isinstance(found.y, Tensor) else tuple(found.y)
+        return Answer(found.grad, at, count.gradients, count.hvp)
+
+    return run
+
+
+def iterated(work: Work, solver: bl.Solver, steps: int) -> Answer:
+    """`steps` upper steps by `bl.iterate`; x at the end."""
+    *_, state = islice(bl.iterate(work.problem, solver, work.x, work.start), steps)
+    return _answer(state)
+
+
+def solved(work: Work, solver: bl.Solver, steps: int) -> Answer:
+    """The same by `bl.solve`, which certifies the answer too."""
+    return _answer(bl.solve(work.problem, solver, work.x, work.start, max_steps=steps, throw=False))
+
+
+def _answer(found: bl.State | bl.Solution) -> Answer:
+    y = (found.y,) if isinstance(found.y, Tensor) else tuple(found.y)
+    return Answer(found.x, y, found.evaluations.gradients, found.evaluations.hvp)

@@ -1,0 +1,90 @@
+"""T0: steps a second where the arithmetic is nothing, on a quadratic of two variables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+
+import torch
+from torch import Tensor
+
+import bilevel as bl
+from speed import by_hand, ours
+from speed.entries import peer
+from speed.race import FLOOR, OURS, Contender, Result, Rules, Run, answers, race, rows
+from speed.work import Answer, Hypergradient, Work, descend, relative_error
+
+STEPS = 50  # upper steps of a measurement
+LOWER_STEPS = 10
+RTOL, PRODUCTS = 1e-10, 10  # of the linear system
+CERTIFIED = "10 steps + CG, with the certificate of `solve`"
+LR = 0.1  # of the upper steps
+
+
+def work() -> Work:
+    """Lower curvature 1 and 2; ten steps leave a thousandth of the distance."""
+    hessian = torch.tensor([[1.5, 0.5], [0.5, 1.5]], dtype=torch.float64)
+    target = torch.tensor([1.0, 0.5], dtype=torch.float64)
+
+    def upper(x: Tensor, y: Tensor) -> Tensor:
+        return 0.5 * ((y - target) ** 2).sum() + 0.05 * (x**2).sum()
+
+    def lower(x: Tensor, y: Tensor) -> Tensor:
+        return 0.5 * y @ (hessian @ y) - y @ x
+
+    zero = torch.zeros(2, dtype=torch.float64)
+    return Work(upper, lower, zero, (zero,), lr=0.5)
+
+
+def contenders(task: Work) -> list[Contender]:
+    def loop(make: Callable[[], Hypergradient]) -> Callable[[], Run]:
+        def prepare() -> Run:
+            return partial(descend, make(), task, STEPS, LR)
+
+        return prepare
+
+    def solver(estimator: bl.Estimator) -> bl.Solver:
+        upper = bl.optim.Torch(torch.optim.SGD, lr=LR)
+        return bl.HypergradientDescent(estimator, upper_optimizer=upper)
+
+    def library(method: str, run: Callable[..., Answer], estimator: bl.Estimator) -> Contender:
+        return Contender(OURS, method, lambda: partial(run, task, solver(estimator), STEPS))
+
+    def other(name: str, method: str, *numbers: float) -> Callable[[], Run]:
+        return loop(lambda: peer(name, method, task, *numbers))
+
+    cg = LOWER_STEPS, RTOL, PRODUCTS
+    return [
+        Contender(FLOOR, "10 steps + CG", loop(lambda: by_hand.implicit(task, *cg))),
+        Contender(FLOOR, "unrolled", loop(lambda: by_hand.unrolled(task, LOWER_STEPS))),
+        library("10 steps + CG", ours.iterated, ours.implicit(task, *cg)),
+        library(CERTIFIED, ours.solved, ours.implicit(task, *cg)),
+        library("unrolled", ours.iterated, bl.Unrolled(LOWER_STEPS, lr=task.lr)),
+        Contender("TorchOpt", "10 steps + CG", other("TorchOpt", "implicit", *cg)),
+        Contender("TorchOpt", "unrolled", other("TorchOpt", "unrolled", LOWER_STEPS)),
+        # Without a stopping test, more products than variables divide by a residual of zero.
+        Contender("Betty", "10 steps + CG", other("Betty", "implicit", LOWER_STEPS, 2)),
+        Contender("Betty", "10 steps + Neumann", other("Betty", "neumann", LOWER_STEPS, PRODUCTS)),
+        Contender("BOAT", "10 steps + CG", other("BOAT", "implicit", LOWER_STEPS, PRODUCTS)),
+        Contender("BOAT", "unrolled", other("BOAT", "unrolled", LOWER_STEPS)),
+        Contender("higher", "unrolled", other("higher", "unrolled", LOWER_STEPS)),
+    ]
+
+
+def tables(rules: Rules) -> str:
+    results = race(contenders(work()), rules)
+    same = answers(results)
+    for method in (CERTIFIED, "10 steps + Neumann"):
+        same[method] = same["10 steps + CG"]
+
+    def extra(result: Result, answer: Answer) -> list[str]:
+        twin = same[result.contender.method]
+        rate = STEPS / median(result.seconds)
+        return [f"{rate:.0f}", f"{relative_error(answer.value, twin.value):.0e}"]
+
+    about = (
+        f"{STEPS} upper steps of gradient descent, each with {LOWER_STEPS} lower steps from where the last one ended; "
+        "`apart` is how far x at the end is from that of the same method by hand.\n\n"
+    )
+    return about + rows(results, extra, ("steps a second", "apart"))
