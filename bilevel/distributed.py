@@ -217,7 +217,7 @@ def _answered() -> Generator[None, None, None]:
     except RuntimeError as error:
         raise ConnectionError(
             "All ranks of `data_parallel` must take part in each evaluation. Got no answer from another rank, which "
-            f"has ended or hangs ({str(error).strip().splitlines()[0]}). Look for the first error of all ranks."
+            "has ended or hangs. Look for the first error of all ranks."
         ) from error
 
 

@@ -8,6 +8,8 @@
     python examples/echoir/train.py --resume               # go on after Ctrl-C, SIGTERM or a power failure
     torchrun --nproc-per-node 2 examples/echoir/train.py   # processes that share each batch, on CPUs or GPUs
 
+On another number of processes the patches of every step are the same, and the weights up to the rounding of
+sums; to the last bit they are on as many processes and threads.
 Ends with a table of PSNR and SSIM on photographs that training has not seen, and writes to --output:
 picture.png, weights.safetensors (the last), best.safetensors and metrics.jsonl, and a folder for each method.
 Exit codes: 0 done, 1 diverged, 2 a mistake in the arguments or the data, 74 the disk or the memory did not
