@@ -4,10 +4,12 @@ Processes cost seconds to start, so all checks of a number of ranks run in one g
 ranks have written.
 """
 
+import importlib
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import bilevel as bl
 from bilevel.distributed import data_parallel
@@ -330,3 +332,47 @@ def test_without_a_process_group_it_says_so() -> None:
 def test_only_a_problem_is_wrapped() -> None:
     with pytest.raises(TypeError, match=r"`data_parallel\(problem=...\)` must be an instance"):
         data_parallel(lambda x, y, data: x)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.fixture
+def group() -> Any:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("placement", [Replicate(), Shard(0)], ids=str)
+@pytest.mark.usefixtures("group")
+def test_first_order_and_unrolled_take_distributed_tensors(placement: Any) -> None:
+    """Those form no products with vectors of their own, which torch would refuse to mix with a `DTensor`."""
+    problem = bl.BilevelProblem(
+        upper=lambda x, y, data: ((y - 1.0) ** 2).sum() + 0.1 * (x**2).sum(),
+        lower=lambda x, y, data: ((y - 2.0 * x) ** 2).sum() + 0.1 * (y**4).sum(),
+    )
+    whole = torch.tensor([0.1, -0.2, 0.3]).double(), torch.zeros(3).double()
+    mesh = init_device_mesh("cpu", (1,))
+    parts = [distribute_tensor(tensor, mesh, [placement]) for tensor in whole]
+    unrolled = bl.Unrolled(max_steps=20, lr=0.1)
+    expected = bl.hypergradient(problem, *whole, unrolled).grad
+    found = bl.hypergradient(problem, *parts, unrolled).grad
+    torch.testing.assert_close(found.full_tensor(), expected)
+
+    def stepped(x: Any, y: Any) -> Any:
+        *_, last = islice(bl.iterate(problem, bl.ASBLO(), x, y, repeat(None)), 3)
+        return last.x
+
+    torch.testing.assert_close(stepped(*parts).full_tensor(), stepped(*whole))
+
+
+@pytest.mark.usefixtures("group")
+def test_a_module_sharded_by_fsdp2_is_refused_with_the_reason() -> None:
+    fsdp = importlib.import_module("torch.distributed.fsdp")
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+    fsdp.fully_shard(net[0], mesh=init_device_mesh("cpu", (1,)))
+
+    def loss(module: Any, data: Any) -> Tensor:
+        return module(data).square().mean()
+
+    with pytest.raises(bl.StructureError, match=r"`fully_shard` on 0: .* have no derivatives"):
+        bl.from_module(net, lower=["1.*"], upper_loss=loss, lower_loss=loss)
