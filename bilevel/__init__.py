@@ -1,6 +1,6 @@
 """Bi-level optimization for PyTorch."""
 
-from bilevel import barriers, callbacks, fixed_points, linear, optim, schedules
+from bilevel import barriers, callbacks, distributed, fixed_points, linear, optim, schedules
 from bilevel._box import Box
 from bilevel._certify import certify
 from bilevel._checkpoint import load_state, save_state
@@ -96,6 +96,7 @@ __all__ = [
     "certify",
     "check_hypergradient",
     "compare",
+    "distributed",
     "fixed_points",
     "from_module",
     "hypergradient",

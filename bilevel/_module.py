@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -54,7 +55,7 @@ def from_module(
 
     Raises:
         TypeError: `module` is no module, `lower` a single string, or a loss not callable.
-        StructureError: A pattern matches no parameter, or one of the levels has none.
+        StructureError: A pattern matches no parameter, or one of the levels has none; or `module` is sharded by FSDP2.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
@@ -68,6 +69,7 @@ def from_module(
         True
     """
     _check_arguments(module, lower)
+    _refuse_sharded(module)
     chosen = _match(module, lower)
     x0: dict[str, Tensor] = {}
     y0: dict[str, Tensor] = {}
@@ -229,6 +231,19 @@ def _check_arguments(module: Any, lower: Any) -> None:
             "`from_module(lower=...)` must be a list of patterns, at least one. "
             f"Got {lower!r}. Pass e.g. {[lower or 'head.*']}."
         )
+
+
+def _refuse_sharded(module: nn.Module) -> None:
+    """Raises where FSDP2 holds a part of `module`; it has then been imported."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    for name, part in _submodules(module):
+        if fsdp is not None and fsdp.FSDPModule in type(part).__mro__:
+            raise StructureError(
+                f"`from_module(module=...)` must not be sharded by FSDP2. Got `fully_shard` on {name or 'the module'}: "
+                "it gathers the parameters that the module holds, not those that a solver puts in their place, and "
+                "its gradients have no derivatives, which second-order methods need. Leave the module whole, and "
+                "share the batches: `bilevel.distributed.data_parallel`."
+            )
 
 
 def _check_value(where: str, name: str, value: Any, parameters: Mapping[str, Tensor]) -> None:

@@ -13,6 +13,7 @@ from model import EchoIR
 from objectives import objectives
 from patches import PatchSampler
 from photographs import Source, Split
+from processes import ALONE, Processes
 from run import Done, Run
 from scores import Result, mean
 from single_level import SingleLevel
@@ -72,6 +73,7 @@ def training_runs(
     *,
     restored: Callable[[bl.State, int], list[Result]],
     keep: Callable[[str, bl.State, float], None],
+    processes: Processes = ALONE,
 ) -> dict[str, Run]:
     """A run of each method, from the same start.
 
@@ -83,16 +85,24 @@ def training_runs(
         device: where it is.
         restored: the held-out photographs' centers of a size, restored with the weights of a state.
         keep: called with the method's name, the state and its PSNR whenever that is the best yet.
+        processes: that train together.
+
+    Raises:
+        ValueError: if they cannot share a batch equally.
     """
     degrade = degradation(a.task, a.sigma)
     stages = plan(a.stages, a.steps, patch=a.patch, batch=a.batch, lower_batch=a.lower_batch)
+
+    for stage in stages.each:
+        processes.check_shares("--batch", stage.batch)
+        processes.check_shares("--lower-batch", stage.lower_batch)
 
     def samplers(photographs: tuple[Source, ...]) -> dict[int, PatchSampler]:
         return {size: PatchSampler(photographs, degrade, size, device) for size in stages.patches}
 
     training, validation = samplers(data.train), samplers(data.validation)
     everything = samplers(data.train + data.validation) if "single-level" in methods else {}
-    upper, lower = objectives(a.lower, alpha=a.alpha, amp=bool(a.amp))
+    upper, lower = objectives(a.lower, alpha=a.alpha, amp=bool(a.amp), mean=processes.mean)
     if a.compile:  # a copy: whole photographs, each of its own size, would be compiled one by one
         net = copy.deepcopy(net)
         net.compile(dynamic=False)
@@ -102,16 +112,20 @@ def training_runs(
         net, lower=["upsamplers.*"], upper_loss=upper, lower_loss=lower, per_sample=True
     )
 
+    if processes.count > 1:
+        problem = bl.distributed.data_parallel(problem)
+    share = processes.share
+
     def two_levels(step: int) -> bl.Batch:
         stage = stages.at(step)
         return bl.Batch(
-            upper=validation[stage.patch].batch(stage.batch, a.seed, step, 0),
-            lower=training[stage.patch].batch(stage.lower_batch, a.seed, step, 1),
+            upper=validation[stage.patch].batch(stage.batch, a.seed, step, 0, share=share),
+            lower=training[stage.patch].batch(stage.lower_batch, a.seed, step, 1, share=share),
         )
 
     def one_level(step: int) -> bl.Batch:
         stage = stages.at(step)
-        patches = everything[stage.patch].batch(stage.batch, a.seed, step, 0)
+        patches = everything[stage.patch].batch(stage.batch, a.seed, step, 0, share=share)
         return bl.Batch(upper=patches, lower=patches)
 
     def rate(done: Done) -> bl.Schedule:
@@ -141,6 +155,7 @@ def training_runs(
             device=device,
             ema=a.ema,
             look_every=a.look_every,
+            processes=processes,
         )
         for name in methods
     }

@@ -8,6 +8,7 @@ neither loss; the choices are explained in this example's README.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 Lower = Literal["echo", "restoration", "both"]
 Objective = Callable[[EchoIR, Patches], Tensor]
+Mean = Callable[[Tensor], Tensor]  # of what several processes have found
 
 
 def restoration_loss(net: EchoIR, patches: Patches) -> Tensor:
@@ -27,41 +29,45 @@ def restoration_loss(net: EchoIR, patches: Patches) -> Tensor:
     return _error(net(patches.input), patches)
 
 
-def echo_loss(net: EchoIR, patches: Patches) -> Tensor:
+def _alone(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def echo_loss(net: EchoIR, patches: Patches, mean: Mean = _alone) -> Tensor:
     """How much of each patch's encoder features E_l is lost when downsampled and echoed back, (B,).
 
         sum over levels of |EU(down(E_l); E_l) - E_l|^2 / |E_l|^2
 
-    The denominator, a mean over the batch, is held constant: otherwise scaling the features up
-    would lower the loss.
+    The denominator, a mean over the batch, that of all processes, is held constant: otherwise scaling
+    the features up would lower the loss.
     """
     image = pad(patches.input, net.config.multiple)
-    return _lost(net, net.encode(image)[0], image)
+    return _lost(net, net.encode(image)[0], image, mean)
 
 
-def both_losses(net: EchoIR, patches: Patches) -> tuple[Tensor, Tensor]:
+def both_losses(net: EchoIR, patches: Patches, mean: Mean = _alone) -> tuple[Tensor, Tensor]:
     """The restoration and the echo loss, from one pass through the encoder."""
     restored, echoes = net(patches.input, features=True)
     image = pad(patches.input, net.config.multiple)
-    return _error(restored, patches), _lost(net, echoes, image)
+    return _error(restored, patches), _lost(net, echoes, image, mean)
 
 
 def _error(restored: Tensor, patches: Patches) -> Tensor:
     return (restored.float() - patches.target).abs().mean((1, 2, 3))
 
 
-def _lost(net: EchoIR, echoes: list[Tensor], image: Tensor) -> Tensor:
+def _lost(net: EchoIR, echoes: list[Tensor], image: Tensor, mean: Mean) -> Tensor:
     loss = image.new_zeros(len(image))
     for level, feature in enumerate(echoes):
         coarse = net.downsamplers[level](feature)
         back = net.upsample(level, coarse, net.echo(level, echoes, image))
         lost = (back.float() - feature.float()).square().mean((1, 2, 3))
-        loss = loss + lost / feature.detach().float().square().mean()
+        loss = loss + lost / mean(feature.detach().float().square().mean())
     return loss
 
 
 def objectives(
-    lower: Lower, *, alpha: float = 0.1, amp: bool = False
+    lower: Lower, *, alpha: float = 0.1, amp: bool = False, mean: Mean = _alone
 ) -> tuple[Objective, Objective]:
     """F, one number, and f, one for each patch, as functions of the network and a batch.
 
@@ -72,6 +78,7 @@ def objectives(
             restoration + alpha echo.
         alpha: weight of the echo loss in `"both"`.
         amp: compute in bfloat16 where that is safe.
+        mean: over the processes that share a batch.
 
     Raises:
         ValueError: if `lower` is none of the three, or alpha is negative.
@@ -84,10 +91,11 @@ def objectives(
         raise ValueError(f"`objectives(alpha=...)` must be at least 0. Got alpha={alpha}.")
 
     def both(net: EchoIR, patches: Patches) -> Tensor:
-        restoration, echo = both_losses(net, patches)
+        restoration, echo = both_losses(net, patches, mean)
         return restoration + alpha * echo
 
-    f: Objective = {"echo": echo_loss, "restoration": restoration_loss, "both": both}[lower]
+    echo = partial(echo_loss, mean=mean)
+    f: Objective = {"echo": echo, "restoration": restoration_loss, "both": both}[lower]
 
     def upper(net: EchoIR, patches: Patches) -> Tensor:
         with torch.autocast(patches.input.device.type, torch.bfloat16, enabled=amp):

@@ -74,12 +74,15 @@ class PatchSampler:
         areas = np.array([p.size[0] * p.size[1] for p in photographs], float)
         self.shares = areas / areas.sum()
 
-    def batch(self, count: int, *key: int) -> Patches:
-        """The batch of a key, e.g. (seed, step, level): equal keys give equal batches."""
+    def batch(self, count: int, *key: int, share: slice = slice(None)) -> Patches:
+        """The batch of a key, e.g. (seed, step, level): equal keys give equal batches.
+
+        Of that batch, the `share` of one process: each draws its own patches only.
+        """
         rng = np.random.default_rng(key)
         chosen = rng.choice(len(self.photographs), count, p=self.shares)
         # Each patch has a generator of its own, so that they may be drawn in any order.
-        pairs = self.map(self._draw, chosen.tolist(), rng.spawn(count))
+        pairs = self.map(self._draw, chosen[share].tolist(), rng.spawn(count)[share])
         inputs, targets = zip(*pairs, strict=True)
         return Patches(self._tensor(inputs), self._tensor(targets))
 

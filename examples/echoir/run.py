@@ -1,6 +1,7 @@
 """One training run: steps a solver, averages its weights, shows and records how it goes.
 
-A signal stops it between two steps, saved, so that it can be resumed bit for bit.
+A signal stops it between two steps, saved, so that it can be resumed bit for bit. Where several
+processes train together, all stop at the same step, and the first alone measures, logs and saves.
 """
 
 import json
@@ -9,7 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from checkpoint import Checkpoint, load, save
 from prefetch import prefetch
+from processes import ALONE, Processes
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from whole_file import replacing
@@ -51,6 +53,7 @@ class Run:
         device: of the tensors.
         ema: decay of the moving average of the weights, smaller at the start.
         look_every: steps between two measurements of the PSNR, besides that at the end.
+        processes: that train together.
     """
 
     name: str
@@ -66,6 +69,7 @@ class Run:
     device: torch.device
     ema: float
     look_every: int
+    processes: Processes = ALONE
 
     def train(
         self, console: Console, *, seconds: float, steps: int | None = None, resume: bool = False
@@ -85,6 +89,7 @@ class Run:
         Raises:
             Interrupted: if a signal came; the newest checkpoint is of the step it came in.
             bl.BilevelError: if training diverged; the checkpoint before stays.
+            ConnectionError: if another process has ended; likewise.
         """
         now = load(self.folder / "checkpoints", self.device) if resume else None
         if now is not None and now.finished:
@@ -93,13 +98,13 @@ class Run:
         if now is None:
             first = bl.State(self.x0, self.y0)
             now = Checkpoint(first, _copy(first), 0.0)
-        clock = _Clock(time.perf_counter() - now.seconds, seconds, steps)
+        clock = _Clock(now.seconds, seconds, steps)
         batches = prefetch(self.batch, now.state.step)
         states = bl.iterate(self.problem, self.solver(clock.done), batches=batches, **start)
         rows = self._rows(now.state.step)
         best = max((row["psnr"] for row in rows if "psnr" in row), default=-math.inf)
         with (
-            self._open_log(rows) as log,
+            self._open_log(rows) if self.processes.is_first else nullcontext() as log,
             _signals() as asked,
             _progress(console) as progress,
         ):
@@ -113,15 +118,20 @@ class Run:
         began = time.perf_counter()
         for state in states:
             since += 1
-            finished = clock.done(state.step) >= 1
-            if state.step % LOG_EVERY == 0 or finished:
-                _wait(self.device)
-            stepping += time.perf_counter() - began
             if state.status.is_failure:
                 raise state.status.error(f"{self.name}: {state.message}")
             _average(now.average, state, self.ema)
             average = replace(now.average, step=state.step)
-            now = Checkpoint(state, average, clock.seconds(), finished)
+            stop, clock.seconds = self.processes.agree(bool(asked), clock.read())
+            finished = clock.done(state.step) >= 1
+            now = Checkpoint(state, average, clock.seconds, finished)
+            if not self.processes.is_first:
+                if finished or stop:
+                    return self._left(now)
+                continue
+            if state.step % LOG_EVERY == 0 or finished:
+                _wait(self.device)
+            stepping += time.perf_counter() - began
             look = state.step % self.look_every == 0 or finished
             if look or state.step % LOG_EVERY == 0:
                 row = {"step": state.step, "seconds": round(now.seconds, 2)}
@@ -139,16 +149,20 @@ class Run:
                 log.flush()
                 done = clock.done(state.step)
                 progress.update(bar, completed=done, step=state.step, facts=_facts(seen | row))
-            if now.finished or asked or time.perf_counter() - saved_at > SAVE_EVERY:
+            if finished or stop or time.perf_counter() - saved_at > SAVE_EVERY:
                 os.fsync(log.fileno())  # what is before a checkpoint is not done again
                 save(self.folder / "checkpoints", now)
                 saved_at = time.perf_counter()
-            if now.finished:
-                return now
-            if asked:
-                raise Interrupted(f"{self.name} stopped at step {state.step}")
+            if finished or stop:
+                return self._left(now)
             began = time.perf_counter()
         raise RuntimeError(f"`{self.name}` ended by itself, with {now.state.status}.")
+
+    def _left(self, now: Checkpoint) -> Checkpoint:
+        """The last checkpoint of a run that is done; of one that was told to stop there is none to return."""
+        if not now.finished:
+            raise Interrupted(f"{self.name} stopped at step {now.state.step}")
+        return now
 
     def _rows(self, step: int) -> list[dict[str, Any]]:
         """What an earlier part of the run has logged up to this step; the rest is done anew."""
@@ -167,19 +181,21 @@ class Run:
         return path.open("a")
 
 
-@dataclass(frozen=True)
 class _Clock:
-    """How much of a run is done: by steps where their number is given, by time otherwise."""
+    """How much of a run is done: by steps where their number is given, by time otherwise.
 
-    origin: float
-    limit: float
-    steps: int | None
+    `seconds` are those at the last step's end, which processes agree on: learning rates depend on them.
+    """
 
-    def seconds(self) -> float:
-        return time.perf_counter() - self.origin
+    def __init__(self, seconds: float, limit: float, steps: int | None):
+        self.seconds, self.limit, self.steps = seconds, limit, steps
+        self._origin = time.perf_counter() - seconds
+
+    def read(self) -> float:
+        return time.perf_counter() - self._origin
 
     def done(self, step: int) -> float:
-        share = step / self.steps if self.steps else self.seconds() / self.limit
+        share = step / self.steps if self.steps else self.seconds / self.limit
         return min(1.0, share)
 
 

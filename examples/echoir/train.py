@@ -6,11 +6,14 @@
     python examples/echoir/train.py --config paper --task derain --data Datasets/train/Rain13K
     python examples/echoir/train.py --init runs/echoir/weights.safetensors --data MY_PHOTOGRAPHS --lr 5e-4
     python examples/echoir/train.py --resume               # go on after Ctrl-C, SIGTERM or a power failure
+    torchrun --nproc-per-node 2 examples/echoir/train.py   # processes that share each batch, on CPUs or GPUs
 
+On another number of processes the patches of every step are the same, and the weights up to the rounding of
+sums; to the last bit they are on as many processes and threads.
 Ends with a table of PSNR and SSIM on photographs that training has not seen, and writes to --output:
 picture.png, weights.safetensors (the last), best.safetensors and metrics.jsonl, and a folder for each method.
 Exit codes: 0 done, 1 diverged, 2 a mistake in the arguments or the data, 74 the disk or the memory did not
-suffice, 75 stopped by a signal and saved.
+suffice, 75 stopped by a signal and saved, or without an answer from another process.
 """
 
 import shutil
@@ -30,6 +33,7 @@ from methods import METHODS, training_runs
 from model import PRESETS, EchoIR, EchoIRConfig
 from photographs import Split, bundled, split
 from picture import save_grid
+from processes import Processes, joined
 from rich.console import Console
 from run import Interrupted
 from scores import Result, evaluate, mean
@@ -91,10 +95,16 @@ def restorer(a: Arguments, data: Split, net: EchoIR, device: torch.device):
 
 
 def main(arguments: Arguments, console: Console):
-    """Trains, measures, and writes what a user wants to keep."""
+    """Trains, alone or with the other processes that torchrun has started."""
     a = settle(arguments)
     torch.set_num_threads(a.threads)
-    device = pick_device(a.device)
+    with joined(pick_device(a.device)) as (processes, device):
+        console.quiet = not processes.is_first
+        train(a, processes, device, console)
+
+
+def train(a: Arguments, processes: Processes, device: torch.device, console: Console):
+    """Trains, measures, and writes what a user wants to keep."""
     data = load_split(a)
     net = new_network(a, PRESETS[a.preset], device)
     restored = restorer(a, data, net, device)
@@ -115,8 +125,11 @@ def main(arguments: Arguments, console: Console):
         save_weights(a.output / name / "best.safetensors", net, facts)
 
     methods = ("asblo", "single-level") if a.compare else ("asblo",)
-    runs = training_runs(a, methods, data, net, device, restored=restored, keep=keep)
-    if not a.resume:
+    runs = training_runs(
+        a, methods, data, net, device, restored=restored, keep=keep, processes=processes
+    )
+    processes.agree(False, 0.0)  # all have read --init, perhaps from a folder that is now cleared
+    if processes.is_first and not a.resume:
         start_anew(a, tuple(METHODS))
     console.print(
         f"{device}, {'bfloat16 where that is safe' if a.amp else 'float32'}, --preset {a.preset}"
@@ -125,13 +138,17 @@ def main(arguments: Arguments, console: Console):
     seconds = 60 * a.minutes
     for name, run in runs.items():
         done = run.train(console, seconds=seconds, steps=a.steps, resume=a.resume)
+        seconds = done.seconds  # the baseline gets what ASBLO took
+        if not processes.is_first:
+            continue
         results[name] = restored(done.average)
         psnr = mean(r.scores()[1] for r in results[name]).psnr_rgb
         facts = about(name, done.state, psnr) | {"seconds": round(done.seconds, 1)}
         save_weights(run.folder / "weights.safetensors", net, facts)
         save_grid(run.folder / "picture.png", results[name])
         console.print(f"{name}: {done.state.step} steps in {done.seconds:.0f} s")
-        seconds = done.seconds  # the baseline gets what ASBLO took
+    if not processes.is_first:
+        return
     for file in ("weights.safetensors", "best.safetensors", "picture.png", "metrics.jsonl"):
         with replacing(a.output / file) as copy:
             shutil.copy(a.output / "asblo" / file, copy)
@@ -150,6 +167,9 @@ def exit_codes(console: Console, again: str) -> Iterator[None]:
         sys.exit(STOPPED)
     except KeyboardInterrupt:  # before the first step, or while the result is measured
         console.print(f"stopped; go on with {again}", soft_wrap=True)
+        sys.exit(STOPPED)
+    except ConnectionError as error:  # each process says so: the first may be the one that is gone
+        Console(stderr=True).print(f"{error} Go on with {again}.", markup=False, soft_wrap=True)
         sys.exit(STOPPED)
     except bl.BilevelError as error:
         console.print(str(error), markup=False, soft_wrap=True)
