@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "echoir"))
 from ensemble import self_ensemble
 from noise import noise
 from photographs import bundled, load_image
-from scores import psnr, round8, ssim
+from scores import channels_first, psnr, round8, ssim
 from weights import DENOISER, load_weights
 
 CROP = 256
@@ -81,7 +81,7 @@ def echoir(path: Path, ensemble: bool) -> Denoiser:
 
     def denoise(noisy: np.ndarray, _: float) -> np.ndarray:
         with torch.no_grad():
-            restored = run(torch.from_numpy(noisy.transpose(2, 0, 1).copy()))
+            restored = run(channels_first(noisy))
         return restored.permute(1, 2, 0).numpy()
 
     return denoise
@@ -128,7 +128,7 @@ def row(name: str, denoise: Denoiser, clean: list[np.ndarray], sigmas: tuple[flo
         for number, crop in enumerate(clean):
             noisy = noise(crop, np.random.default_rng(number), sigma)
             restored = np.asarray(denoise(noisy, sigma / 255), np.float32)
-            image, truth = (torch.from_numpy(i.transpose(2, 0, 1).copy()) for i in (restored, crop))
+            image, truth = map(channels_first, (restored, crop))
             rounded = round8(image) if name != "noisy" else image
             figures.append((psnr(rounded, truth), ssim(rounded, truth)))
         mean = np.mean(figures, axis=0)

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "echoir"))
 
 from noise import noise
 from photographs import bundled
+from scores import channels_first
 from weights import DENOISER, load_weights
 
 HEIGHT, WIDTH = 288, 384
@@ -32,7 +33,7 @@ def main() -> None:
         clean = image[top : top + HEIGHT, left : left + WIDTH].astype(np.float32) / 255
         noisy = noise(clean, np.random.default_rng(0), 25.0)
         before = (noisy.clip(0, 1) * 255).round().astype(np.uint8)
-        tensor = torch.from_numpy(before.transpose(2, 0, 1).astype(np.float32) / 255)
+        tensor = channels_first(before) / 255
         with torch.no_grad():
             restored = net(tensor[None])[0].clamp(0, 1).permute(1, 2, 0).numpy()
         after = (restored * 255).round().astype(np.uint8)

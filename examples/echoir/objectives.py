@@ -14,6 +14,7 @@ from typing import Literal, get_args
 import torch
 from model import EchoIR, pad
 from patches import Patches
+from processes import ALONE
 from torch import Tensor
 
 Lower = Literal["echo", "restoration", "both"]
@@ -29,11 +30,7 @@ def restoration_loss(net: EchoIR, patches: Patches) -> Tensor:
     return _error(net(patches.input), patches)
 
 
-def _alone(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def echo_loss(net: EchoIR, patches: Patches, mean: Mean = _alone) -> Tensor:
+def echo_loss(net: EchoIR, patches: Patches, mean: Mean = ALONE.mean) -> Tensor:
     """How much of each patch's encoder features E_l is lost when downsampled and echoed back, (B,).
 
         sum over levels of |EU(down(E_l); E_l) - E_l|^2 / |E_l|^2
@@ -45,7 +42,7 @@ def echo_loss(net: EchoIR, patches: Patches, mean: Mean = _alone) -> Tensor:
     return _lost(net, net.encode(image)[0], image, mean)
 
 
-def both_losses(net: EchoIR, patches: Patches, mean: Mean = _alone) -> tuple[Tensor, Tensor]:
+def both_losses(net: EchoIR, patches: Patches, mean: Mean = ALONE.mean) -> tuple[Tensor, Tensor]:
     """The restoration and the echo loss, from one pass through the encoder."""
     restored, echoes = net(patches.input, features=True)
     image = pad(patches.input, net.config.multiple)
@@ -67,7 +64,7 @@ def _lost(net: EchoIR, echoes: list[Tensor], image: Tensor, mean: Mean) -> Tenso
 
 
 def objectives(
-    lower: Lower, *, alpha: float = 0.1, amp: bool = False, mean: Mean = _alone
+    lower: Lower, *, alpha: float = 0.1, amp: bool = False, mean: Mean = ALONE.mean
 ) -> tuple[Objective, Objective]:
     """F, one number, and f, one for each patch, as functions of the network and a batch.
 

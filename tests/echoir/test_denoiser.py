@@ -12,7 +12,7 @@ from noise import noise
 from photographs import bundled
 from PIL import Image
 from scenes import EXAMPLE
-from scores import psnr, round8
+from scores import channels_first, psnr, round8
 from weights import DENOISER, load_weights
 
 CPU = torch.device("cpu")
@@ -44,9 +44,8 @@ def test_it_denoises_without_being_told_sigma(crop, sigma, reached):
     net, _ = load_weights(DENOISER, CPU)
     noisy = noise(crop, np.random.default_rng(0), sigma).astype(np.float32)
     with torch.no_grad():
-        restored = net(torch.from_numpy(noisy.transpose(2, 0, 1).copy())[None])[0]
-    truth = torch.from_numpy(crop.transpose(2, 0, 1).copy())
-    assert psnr(round8(restored), truth) > reached
+        restored = net(channels_first(noisy)[None])[0]
+    assert psnr(round8(restored), channels_first(crop)) > reached
 
 
 def test_restore_takes_it_by_default(crop, tmp_path):
