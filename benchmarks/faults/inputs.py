@@ -21,15 +21,16 @@ from PIL.PngImagePlugin import PngInfo
 from benchmarks.faults.checkpoints import Malicious
 from benchmarks.faults.fault import Fault, Lost, expect, message_of
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "echoir"
-sys.path.insert(0, str(EXAMPLE))  # the example's files import each other by their bare names
+# The example's files import each other by their bare names.
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "echoir"))
 
-import folders  # noqa: E402
-import image_file  # noqa: E402
-import photographs  # noqa: E402
-import restore  # noqa: E402
-import weights  # noqa: E402
+import folders
+import image_file
+import photographs
+import restore
+import weights
 
+EXAMPLE = Path(photographs.__file__).parent
 CPU = torch.device("cpu")
 MANY = 20_000
 

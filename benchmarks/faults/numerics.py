@@ -80,10 +80,14 @@ def batches() -> Iterator[Tensor]:
         yield 0.01 * torch.randn(2, generator=generator).double()
 
 
-def started(solver: bl.Solver, spoiled: Spoiled, data: Any) -> tuple[Iterator[bl.State], bl.State]:
-    """A run, and its state after the good steps."""
+def started(
+    solver: bl.Solver, spoiled: Spoiled, level: str, kind: str, data: Any = None
+) -> tuple[Iterator[bl.State], bl.State]:
+    """A run that is spoiled from now on, and its state after the good steps."""
     states = bl.iterate(spoiled.problem, solver, X0, Y0, data)
-    return states, list(islice(states, GOOD_STEPS))[-1]
+    before = list(islice(states, GOOD_STEPS))[-1]
+    spoiled.level, spoiled.kind = level, kind
+    return states, before
 
 
 def same(first: bl.State, second: bl.State) -> bool:
@@ -94,8 +98,7 @@ def breaks(level: str, kind: str, solvers: dict[str, bl.Solver], data: Any, _: P
     """Each solver ends in the step after the spoiling, with the variables from before."""
     for name, solver in solvers.items():
         spoiled = Spoiled()
-        states, before = started(solver, spoiled, data() if data else None)
-        spoiled.level, spoiled.kind = level, kind
+        states, before = started(solver, spoiled, level, kind, data() if data else None)
         state = next(states)
         expect(state.status is bl.Status.NONFINITE, f"{name}: {state.status.name}")
         expect(same(state, before), f"{name}: other variables than those before the fault", Lost)
@@ -109,8 +112,7 @@ def without_second_derivatives(_: Path) -> str:
         pair = []
         for kind in ("", "second"):
             spoiled = Spoiled()
-            states, _before = started(solver, spoiled, batches())
-            spoiled.level, spoiled.kind = "lower" if kind else "", kind
+            states, _before = started(solver, spoiled, "lower" if kind else "", kind, batches())
             pair.append(next(states))
         expect(same(*pair), f"{name}: another step than without the fault")
     return f"the same steps, for none is asked for: {', '.join(solvers)}"
@@ -118,8 +120,7 @@ def without_second_derivatives(_: Path) -> str:
 
 def newton_without_curvature(_: Path) -> str:
     spoiled = Spoiled()
-    states, _before = started(bl.ASBLO(), spoiled, None)
-    spoiled.level, spoiled.kind = "lower", "second"
+    states, _before = started(bl.ASBLO(), spoiled, "lower", "second")
     state = next(states)
     spoiled.kind = "nan" if state.status.is_failure else ""
     spoiled.level = ""
@@ -134,8 +135,7 @@ def line_search(kind: str, _: Path) -> str:
     """A transient fault costs a step of the line search, no more."""
     spoiled = Spoiled()
     solver = bl.HypergradientDescent(bl.Implicit())
-    states, before = started(solver, spoiled, None)
-    spoiled.level, spoiled.kind = "upper", kind
+    states, before = started(solver, spoiled, "upper", kind)
     during = next(states)
     expect(same(during, before), "x moved to where F is not finite", Lost)
     spoiled.level = ""
@@ -151,8 +151,7 @@ def line_search(kind: str, _: Path) -> str:
 
 def line_search_for_good(_: Path) -> str:
     spoiled = Spoiled()
-    states, before = started(bl.HypergradientDescent(bl.Implicit()), spoiled, None)
-    spoiled.level, spoiled.kind = "upper", "nan"
+    states, before = started(bl.HypergradientDescent(bl.Implicit()), spoiled, "upper", "nan")
     last = list(states)[-1]
     expect(last.status is bl.Status.NONFINITE, last.status.name)
     expect(same(last, before), "other variables than those before the fault", Lost)
@@ -178,8 +177,7 @@ def goes_on(_: Path) -> str:
     for name, solver in on_batches().items():
         stream, spoiled = list(islice(batches(), 6)), Spoiled()
         unharmed = list(bl.iterate(spoiled.problem, solver, X0, Y0, stream))[-1]
-        states, _before = started(solver, spoiled, stream)
-        spoiled.level, spoiled.kind = "upper", "nan"
+        states, _before = started(solver, spoiled, "upper", "nan", stream)
         failed = next(states)
         spoiled.level = ""
         state = replace(failed, status=bl.Status.RUNNING, message="")
@@ -198,8 +196,7 @@ def spike(max_norm: float | None, _: Path) -> str:
         ends = []
         for kind in ("", "spike"):
             spoiled = Spoiled()
-            states, _before = started(solver, spoiled, batches())
-            spoiled.level, spoiled.kind = "upper" if kind else "", kind
+            states, _before = started(solver, spoiled, "upper" if kind else "", kind, batches())
             hit = next(states)
             expect(hit.status is bl.Status.RUNNING, f"{name}: {hit.status.name}")
             spoiled.level = ""

@@ -10,7 +10,18 @@ from torch import Tensor
 
 import bilevel as bl
 from speed import by_hand, ours
-from speed.race import FLOOR, OURS, PEERS, Contender, Run, tuned
+from speed.race import (
+    FLOOR,
+    OURS,
+    PEERS,
+    Contender,
+    Result,
+    Rules,
+    Run,
+    race,
+    rows,
+    tuned,
+)
 from speed.work import Answer, Hypergradient, Work, relative_error
 
 # Lower steps that are tried, a fifth more each time: the first number that is enough is timed.
@@ -67,6 +78,16 @@ def contenders(work: Work, truth: Tensor, tolerance: float) -> list[Contender]:
         Contender("BOAT", UNROLLED, steps(lambda n: peer("BOAT", "unrolled", work, n))),
         Contender("higher", UNROLLED, steps(lambda n: peer("higher", "unrolled", work, n))),
     ]
+
+
+def table(about: str, work: Work, truth: Tensor, tolerance: float, rules: Rules) -> str:
+    """All contenders for one hypergradient, with the relative error of each."""
+
+    def error(_: Result, answer: Answer) -> list[str]:
+        return [f"{relative_error(answer.value, truth):.0e}"]
+
+    results = race(contenders(work, truth, tolerance), rules)
+    return f"{about}, relative error at most {tolerance:.0e}\n\n{rows(results, error, ('error',))}"
 
 
 def recommended(work: Work) -> bl.Estimator:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from speed.entries import contenders
-from speed.race import Result, Rules, race, rows
-from speed.work import Answer, Work, relative_error
+from speed.entries import table
+from speed.race import Rules
+from speed.work import Work
 
 CONDITION = 100.0
 CASES = ((100, 1e-3), (100, 1e-6), (1000, 1e-3), (1000, 1e-6))  # variables, relative error
@@ -39,14 +39,5 @@ def steps(smallest: float, largest: float) -> tuple[float, float]:
 
 
 def tables(rules: Rules) -> str:
-    parts = []
-    for n, tolerance in CASES:
-        task, truth = work(n)
-        results = race(contenders(task, truth, tolerance), rules)
-
-        def error(_: Result, answer: Answer, truth: Tensor = truth) -> list[str]:
-            return [f"{relative_error(answer.value, truth):.0e}"]
-
-        about = f"{n} variables, relative error at most {tolerance:.0e}\n\n"
-        parts.append(about + rows(results, error, ("error",)))
+    parts = [table(f"{n} variables", *work(n), tolerance, rules) for n, tolerance in CASES]
     return "\n\n".join(parts)

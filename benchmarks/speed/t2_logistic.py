@@ -7,10 +7,10 @@ from sklearn.datasets import load_breast_cancer
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from speed.entries import contenders
-from speed.race import Result, Rules, race, rows
+from speed.entries import table
+from speed.race import Rules
 from speed.t1_quadratic import steps
-from speed.work import Answer, Work, relative_error
+from speed.work import Work
 
 TOLERANCE = 1e-3
 LOG_WEIGHT = -3.0  # where x starts: weights of 0.05
@@ -67,14 +67,5 @@ def work(features: Tensor, signs: Tensor, training: int) -> tuple[Work, Tensor]:
 
 
 def tables(rules: Rules) -> str:
-    parts = []
-    for name, load in DATA.items():
-        task, truth = work(*load())
-        results = race(contenders(task, truth, TOLERANCE), rules)
-
-        def error(_: Result, answer: Answer, truth: Tensor = truth) -> list[str]:
-            return [f"{relative_error(answer.value, truth):.0e}"]
-
-        about = f"{name}, relative error at most {TOLERANCE:.0e}\n\n"
-        parts.append(about + rows(results, error, ("error",)))
+    parts = [table(name, *work(*load()), TOLERANCE, rules) for name, load in DATA.items()]
     return "\n\n".join(parts)
