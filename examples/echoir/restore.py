@@ -6,7 +6,7 @@
     python examples/echoir/restore.py PHOTO.jpg --weights runs/echoir/weights.safetensors    # or .onnx
 
 Images of the same names, formats, bit depths and metadata come out. Exit codes: 0 all are restored,
-1 some could not be (the rest is), 2 a mistake in the arguments.
+1 some could not be (the rest is), 2 a mistake in the arguments, 74 the memory did not suffice.
 """
 
 import sys
