@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -30,9 +31,11 @@ from ensemble import self_ensemble
 from noise import noise
 from photographs import bundled, load_image
 from scores import channels_first, psnr, round8, ssim
+from tiles import restore
 from weights import DENOISER, load_weights
 
 CROP = 256
+WINDOW = 64  # of local statistics: the patches of most training steps
 Denoiser = Callable[[np.ndarray, float], np.ndarray]  # (H, W, 3) and sigma in [0, 1] to (H, W, 3)
 
 
@@ -71,20 +74,22 @@ def crops(a: Arguments) -> list[np.ndarray]:
     return found
 
 
-def echoir(path: Path, ensemble: bool) -> Denoiser:
-    net, _ = load_weights(path, torch.device("cpu"))
+def echoir(path: Path) -> dict[str, Denoiser]:
+    """As restore.py runs it: by default, and with what it offers to those who have more time."""
+    device = torch.device("cpu")
+    net, _ = load_weights(path, device)
+    whole = partial(restore, net, device=device, multiple=net.config.multiple)
+    local = partial(whole, statistics="local", window=WINDOW)
 
-    def alone(image: torch.Tensor) -> torch.Tensor:
-        return net(image[None])[0]
+    def denoiser(run: Callable[[torch.Tensor], torch.Tensor]) -> Denoiser:
+        return lambda noisy, _: run(channels_first(noisy)).permute(1, 2, 0).numpy()
 
-    run = self_ensemble(alone) if ensemble else alone
-
-    def denoise(noisy: np.ndarray, _: float) -> np.ndarray:
-        with torch.no_grad():
-            restored = run(channels_first(noisy))
-        return restored.permute(1, 2, 0).numpy()
-
-    return denoise
+    return {
+        "EchoIR": denoiser(whole),
+        "EchoIR, local statistics": denoiser(local),
+        "EchoIR, self-ensemble": denoiser(self_ensemble(whole)),
+        "EchoIR, both": denoiser(self_ensemble(local)),
+    }
 
 
 def peers() -> dict[str, Denoiser]:
@@ -141,8 +146,7 @@ def main(a: Arguments):
     torch.set_num_threads(1)
     clean = crops(a)
     methods: dict[str, Denoiser] = {"noisy": lambda noisy, _: noisy, **peers()}
-    methods["EchoIR"] = echoir(a.weights, ensemble=False)
-    methods["EchoIR, self-ensemble"] = echoir(a.weights, ensemble=True)
+    methods |= echoir(a.weights)
     rows: list[list[str]] = []
     for name, denoise in methods.items():
         rows.append(row(name, denoise, clean, a.sigmas))

@@ -48,7 +48,8 @@ class Arguments:
             scikit-learn, if none is given.
         output: folder for all that is written.
         preset: size of the network.
-        init: weights to start from, written by an earlier training of the same preset.
+        init: weights to start from, written by an earlier training of the same preset, or of one with fewer
+            blocks: those added change nothing at first.
         lower: what the lower level minimizes.
         alpha: weight of the echo loss in --lower both.
         mu: schedule of ASBLO's weight of |z|^2 / 2, in units of the problem: start, power and scale of

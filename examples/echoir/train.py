@@ -29,6 +29,7 @@ from arguments import Arguments, defaults, settle, start_anew
 from console import fail_plainly, pick_device, score_table
 from degradations import degradation, one_sigma
 from folders import load_folder
+from growth import can_grow, grown
 from methods import METHODS, training_runs
 from model import PRESETS, EchoIR, EchoIRConfig
 from photographs import Split, bundled, split
@@ -64,6 +65,8 @@ def new_network(a: Arguments, config: EchoIRConfig, device: torch.device) -> Ech
     if a.init is None:
         return EchoIR(config).to(device, memory_format=torch.channels_last)
     net, _ = load_weights(a.init, device)
+    if can_grow(net.config, config):
+        return grown(net, config).to(device, memory_format=torch.channels_last)
     wanted, known = asdict(config), asdict(net.config)
     if wanted != known:
         fits = [name for name, preset in PRESETS.items() if preset == net.config]

@@ -76,6 +76,8 @@ def test_hidden_widths_of_the_feedforward(name, hidden):
 def test_counts_of_the_other_presets():
     assert count(PRESETS["restormer_wide"], 64)["parameters"] == 30_282_662
     assert count(PRESETS["small"], 64)["parameters"] == 882_361
+    assert count(PRESETS["cpu"], 64)["parameters"] == 881_755
+    assert count(PRESETS["cpu_deep"], 64)["parameters"] == 1_022_240
 
 
 def test_json_has_one_row_for_each_ablation():

@@ -145,6 +145,12 @@ def test_training_goes_on_from_given_weights(finished, folder, tmp_path, capsys)
     first, second = load_file(start), load_file(tmp_path / "weights.safetensors")
     for name, value in first.items():
         torch.testing.assert_close(second[name], value, rtol=0, atol=1e-7)
+    deep = command(folder, tmp_path / "deep", *options, "--init", start, "--preset", "cpu_deep")
+    command_line(deep[2:])
+    second = load_file(tmp_path / "deep" / "weights.safetensors")
+    assert len(second) > len(first)
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=0, atol=1e-7)
     with pytest.raises(SystemExit) as left:
         command_line(command(folder, tmp_path, *options, "--init", start, "--preset", "small")[2:])
     assert left.value.code == 2
