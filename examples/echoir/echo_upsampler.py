@@ -185,7 +185,7 @@ def upsample(
         )  # (B, T, N, D + C)
         key, content = stack.split([g.shape[1], channels], -1)
         mask, distance = _geometry(h, w, radius, v)
-        out, _, _ = _TileFilter.apply(
+        out, _ = _TileFilter.apply(
             query,
             key,
             content,
@@ -248,16 +248,19 @@ def _geometry(h: int, w: int, radius: int, like: Tensor) -> tuple[Tensor, Tensor
     return outer(inside(h), inside(w)), outer(apart[None], apart[None])[0]
 
 
-def _kernels(query, key, mask, distance, inv_f, inv_g, product: bool) -> tuple[Tensor, Tensor]:
-    """The weights W before normalization, (B, T, 64, N), and the part of them that moves with g."""
+def _ranges(query, key, mask, distance, inv_f, inv_g, product: bool) -> Tensor:
+    """The part of the weights W that moves with g, (B, T, 64, N): all of them, before normalization, or g."""
     squares = (query**2).sum(-1, keepdim=True) + (key**2).sum(-1)[..., None, :]
     log_g = (squares - 2 * query @ key.mT) * -inv_g  # -|G[p] - G_l[q]|^2 / (2 s_g^2 D)
     if product:
         logits = (log_g - distance * inv_f).masked_fill(~mask, -torch.inf)
-        weights = (logits - logits.detach().amax(-1, keepdim=True)).exp()
-        return weights, weights
-    g = log_g.exp() * mask
-    return g + (-distance * inv_f).exp() * mask, g
+        return (logits - logits.detach().amax(-1, keepdim=True)).exp()
+    return log_g.exp() * mask
+
+
+def _spatial(distance: Tensor, inv_f: Tensor) -> Tensor:
+    """The spatial kernel of all pairs of a tile, (64, N)."""
+    return (-distance * inv_f).exp()
 
 
 class _TileFilter(torch.autograd.Function):
@@ -269,39 +272,44 @@ class _TileFilter(torch.autograd.Function):
 
     @staticmethod
     def forward(query, key, value, mask, distance, inv_f, inv_g, product):
-        weights, ranges = _kernels(query, key, mask, distance, inv_f, inv_g, product)
-        return weights @ value / weights.sum(-1, keepdim=True), weights, ranges
+        ranges = _ranges(query, key, mask, distance, inv_f, inv_g, product)
+        weights = ranges if product else ranges + _spatial(distance, inv_f) * mask
+        return weights @ value / weights.sum(-1, keepdim=True), ranges
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         *tensors, product = inputs
-        out, weights, ranges = output
+        out, ranges = output
         ctx.product = product
-        ctx.mark_non_differentiable(weights, ranges)
+        ctx.mark_non_differentiable(ranges)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, out, weights, ranges)
+        ctx.save_for_backward(*tensors, out, ranges)
 
     @staticmethod
     def backward(ctx, grad, *_):
         if grad is None:
             return (None,) * 8
-        *tensors, out, weights, ranges = ctx.saved_tensors
+        *tensors, out, ranges = ctx.saved_tensors
         query, key, value, mask, distance, inv_f, inv_g = tensors
         with _full_precision(query.device):
             if torch.is_grad_enabled():
                 # A second derivative is wanted, but to autograd the saved weights are constants.
-                weights, ranges = _kernels(query, key, mask, distance, inv_f, inv_g, ctx.product)
+                ranges = _ranges(query, key, mask, distance, inv_f, inv_g, ctx.product)
+            spatial = _spatial(distance, inv_f)
+            weights = ranges if ctx.product else ranges + spatial * mask
             grad = grad / weights.sum(-1, keepdim=True)
             d_value = weights.mT @ grad
+            del weights  # as large as all that is kept: the peak would be here
             # Less the mean: what raises all weights of a pixel alike changes nothing.
             d_weights = grad @ value.mT - (grad * out).sum(-1, keepdim=True)
+            d_log_f = (d_weights * (ranges if ctx.product else spatial * mask)).sum((0, 1))
             d_log_g = d_weights * ranges
-            d_log_f = d_log_g if ctx.product else d_weights * (weights - ranges)
+            del d_weights
             rows, columns = d_log_g.sum(-1, keepdim=True), d_log_g.sum(-2)[..., None]
             from_key, from_query = d_log_g @ key, d_log_g.mT @ query
             d_query = 2 * inv_g * (from_key - rows * query)
             d_key = 2 * inv_g * (from_query - columns * key)
-            d_inv_f = -(d_log_f.sum((0, 1)) * distance).sum()
+            d_inv_f = -(d_log_f * distance).sum()
             # The sum of d_log_g |p - q|^2, from products that are at hand.
             d_inv_g = (query * (2 * from_key - rows * query)).sum() - (columns * key**2).sum()
         return d_query, d_key, d_value, None, None, d_inv_f, d_inv_g, None
