@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,8 @@ from bilevel._problem import BilevelProblem, split_data
 from bilevel._returned import samples, scalar
 from bilevel._solution import Evaluations
 from bilevel._types import Tree
+
+_KINDS = [field.name for field in fields(Evaluations)]
 
 
 class Oracle:
@@ -30,7 +32,7 @@ class Oracle:
         self.problem = problem
         self.losses: Tensor | None = None
         self._data = split_data(data)
-        self._counts = asdict(Evaluations())
+        self._counts = dict.fromkeys(_KINDS, 0)
 
     @property
     def evaluations(self) -> Evaluations:

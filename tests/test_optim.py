@@ -326,11 +326,14 @@ def test_torch_minimizes_a_lower_problem_and_says_how_it_ended() -> None:
 @pytest.mark.parametrize(
     "method",
     [
+        Torch(torch.optim.SGD, lr=0.01, max_steps=20),
+        Torch(torch.optim.SGD, lr=0.01, momentum=0.9, max_steps=20),
+        Torch(torch.optim.SGD, lr=lambda step: 0.01 / (1 + step), momentum=0.9, max_steps=20),
         Torch(torch.optim.SGD, lr=0.01, momentum=0.9, nesterov=True, max_steps=20),
         Torch(torch.optim.Adam, lr=lambda step: 0.1 / (1 + step), amsgrad=True, max_steps=20),
         Torch(torch.optim.Rprop, lr=0.01, max_norm=0.5, max_steps=20),
     ],
-    ids=["momentum", "schedule", "shortened"],
+    ids=["plain", "momentum", "scheduled", "nesterov", "schedule", "shortened"],
 )
 def test_torch_minimizes_by_its_own_steps_bit_for_bit(method: Torch) -> None:
     smooth = Smooth(logistic)
