@@ -7,6 +7,7 @@ layers that have no forward-mode rule. Forward mode is there for those who ask f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -191,6 +192,21 @@ class LinearizedGradient:
             return torch.zeros_like(identity)
         # torch leaves a batch of products in the dtype of the output, where y has another
         return 0.5 * (rows + rows.mT).to(identity)
+
+
+def weighed(make: Callable[[], LinearizedGradient]) -> tuple[LinearizedGradient, float]:
+    """What `make` returns, and the bytes of what its graph keeps; infinitely many where that cannot be known."""
+    sizes: dict[int, int] = {}
+
+    def saved(tensor: Tensor) -> Tensor:
+        sizes[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(saved, lambda tensor: tensor):
+            return make(), sum(sizes.values())
+    except RuntimeError:  # transformations of torch.func inside of the function take no hooks
+        return make(), math.inf
 
 
 def gradient_of(fun: Function, x: Tree, y: Tree, data: Any) -> Tree:

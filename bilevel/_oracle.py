@@ -94,7 +94,21 @@ class Oracle:
         plus: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> CountedGradient:
         """The gradient in y of `upper * F + lower * f + plus` at vectors x and y, with its products."""
+        return CountedGradient(self._linear(x, y, upper, lower, plus), self._counts)
 
+    def weighed(self, x: Tensor, y: Tensor) -> tuple[CountedGradient, float]:
+        """The gradient of f in y with its products, and the bytes of its graph; infinite where they are not known."""
+        linear, size = _autodiff.weighed(lambda: self._linear(x, y, 0.0, 1.0, None))
+        return CountedGradient(linear, self._counts), size
+
+    def _linear(
+        self,
+        x: Tensor,
+        y: Tensor,
+        upper: float,
+        lower: float,
+        plus: Callable[[Tensor, Tensor], Tensor] | None,
+    ) -> LinearizedGradient:
         def weighted(u: Tensor, v: Tensor) -> Tensor:
             terms = [
                 w * fun(u, v) for w, fun in ((upper, self._upper), (lower, self._lower)) if w != 0.0
@@ -105,7 +119,7 @@ class Oracle:
 
         self._counts["upper_grad"] += int(upper != 0.0)
         self._counts["lower_grad"] += int(lower != 0.0)
-        return CountedGradient(LinearizedGradient(weighted, x, y), self._counts)
+        return LinearizedGradient(weighted, x, y)
 
     def lower_tangents(
         self, x: Tensor, y: Tensor, along_x: Tensor, along_y: Tensor

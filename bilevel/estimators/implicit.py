@@ -122,7 +122,7 @@ class Implicit(Estimator):
         y = solved.point.y
         upper, upper_x, upper_y = oracle.upper_grad(x, y)
         value = float(upper)
-        gradient = oracle.linearized(x, y)
+        gradient = lower.linearized(solved.point)
         v = linear.solve(gradient.hvp, upper_y, warm.get("v"))
         size = _tree.length(upper_y)
         mixed, product = gradient.products(v)
