@@ -110,9 +110,9 @@ class Oracle:
         plus: Callable[[Tensor, Tensor], Tensor] | None,
     ) -> LinearizedGradient:
         def weighted(u: Tensor, v: Tensor) -> Tensor:
-            terms = [
-                w * fun(u, v) for w, fun in ((upper, self._upper), (lower, self._lower)) if w != 0.0
-            ]
+            parts = ((upper, self._upper), (lower, self._lower))
+            # A weight of one would be a node more in the graph, and so in each product.
+            terms = [fun(u, v) if w == 1.0 else w * fun(u, v) for w, fun in parts if w != 0.0]
             if plus is not None:
                 terms.append(plus(u, v))
             return sum(terms[1:], terms[0])
