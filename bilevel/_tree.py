@@ -142,7 +142,7 @@ def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
     dtype = torch.float32
     for leaf in parts:
         dtype = torch.promote_types(dtype, leaf.dtype)
-    structure = optree.tree_structure(tree)
+    structure = optree.tree_structure(cast(Any, tree))
     shapes = [leaf.shape for leaf in parts]
     dtypes = [leaf.dtype for leaf in parts]
     sizes = [leaf.numel() for leaf in parts]
