@@ -21,7 +21,10 @@ from bilevel.estimators._fixed_point import at_fixed_point
 from bilevel.estimators._lower import LowerObjective
 from bilevel.fixed_points import FixedPoint
 from bilevel.linear import CG, GMRES, LinearSolver
+from bilevel.linear._base import Product
 from bilevel.optim import Minimizer, Newton
+
+_AT_ONCE = 256  # variables up to which the columns of the Hessian may take memory together, as for Newton's method
 
 
 @dataclass(frozen=True)
@@ -123,10 +126,13 @@ class Implicit(Estimator):
         upper, upper_x, upper_y = oracle.upper_grad(x, y)
         value = float(upper)
         gradient = lower.linearized(solved.point)
-        v = linear.solve(gradient.hvp, upper_y, warm.get("v"))
+        product = gradient.hvp
+        if y.numel() <= _AT_ONCE:
+            product = Product(gradient.hvp, gradient.hessian)
+        v = linear.solve(product, upper_y, warm.get("v"))
         size = _tree.length(upper_y)
-        mixed, product = gradient.products(v)
-        residual = _tree.length(product - upper_y) / (size or 1.0)
+        mixed, image = gradient.products(v)
+        residual = _tree.length(image - upper_y) / (size or 1.0)
         grad = upper_x - mixed
         status = Status.CONVERGED
         measured = math.isfinite(value) and math.isfinite(residual)  # and so the products

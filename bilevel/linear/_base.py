@@ -46,6 +46,22 @@ class LinearSolver(ABC):
 
 
 @dataclass(frozen=True)
+class Product:
+    """A product with vectors whose columns can be had at once, which `Dense` makes use of.
+
+    Attributes:
+        matvec: The product with a vector of shape (n,).
+        columns: Makes the matrix, shape (n, n).
+    """
+
+    matvec: Callable[[Tree], Tree]
+    columns: Callable[[], Tensor]
+
+    def __call__(self, v: Tree) -> Tree:
+        return self.matvec(v)
+
+
+@dataclass(frozen=True)
 class System:
     """The same equation over one vector, in float32 or wider.
 
