@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,8 @@ from bilevel._problem import BilevelProblem, split_data
 from bilevel._returned import samples, scalar
 from bilevel._solution import Evaluations
 from bilevel._types import Tree
+
+_KINDS = [field.name for field in fields(Evaluations)]
 
 
 class Oracle:
@@ -30,7 +32,7 @@ class Oracle:
         self.problem = problem
         self.losses: Tensor | None = None
         self._data = split_data(data)
-        self._counts = asdict(Evaluations())
+        self._counts = dict.fromkeys(_KINDS, 0)
 
     @property
     def evaluations(self) -> Evaluations:
@@ -92,18 +94,32 @@ class Oracle:
         plus: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> CountedGradient:
         """The gradient in y of `upper * F + lower * f + plus` at vectors x and y, with its products."""
+        return CountedGradient(self._linear(x, y, upper, lower, plus), self._counts)
 
+    def weighed(self, x: Tensor, y: Tensor) -> tuple[CountedGradient, float]:
+        """The gradient of f in y with its products, and the bytes of its graph; infinite where they are not known."""
+        linear, size = _autodiff.weighed(lambda: self._linear(x, y, 0.0, 1.0, None))
+        return CountedGradient(linear, self._counts), size
+
+    def _linear(
+        self,
+        x: Tensor,
+        y: Tensor,
+        upper: float,
+        lower: float,
+        plus: Callable[[Tensor, Tensor], Tensor] | None,
+    ) -> LinearizedGradient:
         def weighted(u: Tensor, v: Tensor) -> Tensor:
-            terms = [
-                w * fun(u, v) for w, fun in ((upper, self._upper), (lower, self._lower)) if w != 0.0
-            ]
+            parts = ((upper, self._upper), (lower, self._lower))
+            # A weight of one would be a node more in the graph, and so in each product.
+            terms = [fun(u, v) if w == 1.0 else w * fun(u, v) for w, fun in parts if w != 0.0]
             if plus is not None:
                 terms.append(plus(u, v))
             return sum(terms[1:], terms[0])
 
         self._counts["upper_grad"] += int(upper != 0.0)
         self._counts["lower_grad"] += int(lower != 0.0)
-        return CountedGradient(LinearizedGradient(weighted, x, y), self._counts)
+        return LinearizedGradient(weighted, x, y)
 
     def lower_tangents(
         self, x: Tensor, y: Tensor, along_x: Tensor, along_y: Tensor

@@ -15,6 +15,8 @@ def scalar(value: Any, name: str) -> Tensor:
     Raises:
         ObjectiveError: It is not; the message names the function and the mend.
     """
+    if isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point():
+        return value if value.dim() == 0 else value.reshape(())
     rule = f"`BilevelProblem({name}=...)` must return a scalar tensor."
     if not isinstance(value, Tensor):
         raise ObjectiveError(
@@ -24,9 +26,7 @@ def scalar(value: Any, name: str) -> Tensor:
         raise ObjectiveError(
             f"{rule} Got shape {tuple(value.shape)}. Reduce it, e.g. with `.sum()`."
         )
-    if not value.is_floating_point():
-        raise ObjectiveError(f"{rule} Got dtype {value.dtype}. Convert it, e.g. with `.double()`.")
-    return value.reshape(())
+    raise ObjectiveError(f"{rule} Got dtype {value.dtype}. Convert it, e.g. with `.double()`.")
 
 
 def samples(value: Any) -> Tensor:

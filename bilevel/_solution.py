@@ -102,7 +102,13 @@ class Evaluations:
     hvp: int = 0
 
     def __add__(self, other: Evaluations) -> Evaluations:
-        return Evaluations(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+        return Evaluations(
+            self.upper + other.upper,
+            self.lower + other.lower,
+            self.upper_grad + other.upper_grad,
+            self.lower_grad + other.lower_grad,
+            self.hvp + other.hvp,
+        )
 
     @property
     def gradients(self) -> int:

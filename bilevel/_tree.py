@@ -19,6 +19,7 @@ from bilevel._types import Tree
 
 linalg: Any = torch.linalg  # its stubs are untyped
 foreach_norm: Any = torch._foreach_norm  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+_WIDE = (torch.float32, torch.float64)  # the dtypes of vectors
 
 
 def leaves(tree: Tree) -> list[Tensor]:
@@ -121,7 +122,11 @@ def where(condition: Tensor, left: Tree, right: Tree) -> Tree:
 
 def is_finite(tree: Tree) -> bool:
     """Whether no leaf holds a NaN or an infinity."""
-    return all(bool(torch.isfinite(leaf).all()) for leaf in leaves(tree))
+    # A finite sum has finite terms, and is one pass; finite terms may still overflow together.
+    return all(
+        math.isfinite(float(leaf.detach().sum())) or bool(torch.isfinite(leaf).all())
+        for leaf in leaves(tree)
+    )
 
 
 def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
@@ -130,21 +135,25 @@ def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
     The function keeps the graph: gradients flow from the tree to the vector. Leaves of several
     dtypes meet in the widest of them, float32 at least, and return to their own.
     """
+    if isinstance(tree, Tensor) and tree.dim() == 1 and tree.dtype in _WIDE:
+        own = tree.dtype
+        return tree, lambda vector: vector if vector.dtype == own else vector.to(own)
     parts = leaves(tree)
     dtype = torch.float32
     for leaf in parts:
         dtype = torch.promote_types(dtype, leaf.dtype)
-    if parts[0] is tree and tree.dim() == 1 and tree.dtype == dtype:
-        return tree, lambda vector: vector.to(dtype)
+    structure = optree.tree_structure(cast(Any, tree))
     shapes = [leaf.shape for leaf in parts]
     dtypes = [leaf.dtype for leaf in parts]
     sizes = [leaf.numel() for leaf in parts]
 
     def unravel(vector: Tensor) -> Tree:
-        pieces = torch.split(vector, sizes)
-        return unflatten_like(
-            tree, [p.view(s).to(d) for p, s, d in zip(pieces, shapes, dtypes, strict=True)]
-        )
+        pieces = torch.split(vector, sizes) if len(sizes) > 1 else (vector,)
+        parts = [
+            p.view(s) if p.dtype == d else p.view(s).to(d)
+            for p, s, d in zip(pieces, shapes, dtypes, strict=True)
+        ]
+        return optree.tree_unflatten(structure, parts)
 
     return torch.cat([leaf.reshape(-1).to(dtype) for leaf in parts]), unravel
 

@@ -19,8 +19,8 @@ from bilevel._solution import Status, table
 from bilevel._types import Tree
 from bilevel.estimators import Estimator, Implicit, check_problem, refuse_constraints
 from bilevel.estimators._fixed_point import over_vectors
-from bilevel.estimators._gap import RegularizedLower
 from bilevel.estimators._kkt import ConstrainedLower
+from bilevel.estimators._lower import LowerObjective
 from bilevel.fixed_points import FixedPoint
 from bilevel.optim import Newton
 
@@ -210,7 +210,7 @@ class _Lower:
         if constrains_lower(self._problem):
             point = ConstrainedLower(self._oracle, x, self._data, self._size).solve(y)
             return (point.y if point.status is Status.CONVERGED else None), point.status
-        lower = RegularizedLower(self._oracle, x, 0.0)
+        lower = LowerObjective(self._oracle, x)
         found = Newton().minimize(lower, lower.evaluate(y))
         status = found.status
         if status in (Status.STALLED, Status.MAX_STEPS):

@@ -182,3 +182,21 @@ def test_gradient_of_can_be_differentiated_again() -> None:
         lambda v: _autodiff.gradient_of(lambda x, y, data: quartic(x, y) * data, x, v, 2.0), y
     )
     torch.testing.assert_close(hessian, 2.0 * LinearizedGradient(quartic, x, y).hessian())
+
+
+def test_derivatives_are_those_of_torch_autograd_grad_bit_for_bit() -> None:
+    def fun(x: Tensor, y: Tensor) -> Tensor:
+        return (torch.sin(y) * x).sum() ** 2 + torch.nn.functional.softplus(y @ x)
+
+    x, y, v = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).double()
+    u, w = x.clone().requires_grad_(), y.clone().requires_grad_()
+    exact = torch.autograd.grad(fun(u, w), (u, w), create_graph=True)
+    products = torch.autograd.grad(exact[1], (u, w), v)
+    value, grads = _autodiff.value_and_grad(fun, x, y)
+    assert torch.equal(value, fun(x, y))
+    assert all(map(torch.equal, grads, exact))
+    linear = _autodiff.LinearizedGradient(fun, x, y)
+    assert torch.equal(linear.grad, exact[1])
+    assert all(map(torch.equal, linear.products(v), products))
+    assert torch.equal(linear.hvp(v), products[1])
+    assert torch.equal(linear.mixed_vjp(v), products[0])

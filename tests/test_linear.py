@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bilevel._errors import StructureError
 from bilevel.linear import CG, GMRES, MINRES, Dense, LinearSolver, Neumann, Nystrom
+from bilevel.linear._base import Product
 
 SOLVERS = [
     CG(),
@@ -406,3 +407,13 @@ def test_gmres_waits_for_the_device_as_often_in_a_late_step_as_in_an_early_one()
 def test_nystrom_has_no_seed_of_its_own() -> None:
     with pytest.raises(TypeError, match="seed"):
         Nystrom(seed=1)  # pyright: ignore[reportCallIssue]
+
+
+def test_dense_takes_columns_that_are_there_at_once() -> None:
+    A, b = spd(6, 10.0), rhs(6)
+    counted = Counted(A)
+    found = Dense().solve(Product(counted, lambda: A), b)
+    torch.testing.assert_close(found, torch.linalg.solve(A, b))
+    assert counted.calls == 0
+    CG().solve(Product(counted, lambda: A), b)
+    assert counted.calls > 0

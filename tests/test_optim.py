@@ -261,6 +261,7 @@ def test_quasi_newton_remembers_its_history_only() -> None:
 def torch_optimizers() -> list[Any]:
     found = [
         (torch.optim.SGD, {}),
+        (torch.optim.SGD, {"momentum": 0.9}),
         (torch.optim.SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
         (torch.optim.Adam, {"betas": (0.8, 0.99)}),
         (torch.optim.Adam, {"amsgrad": True}),
@@ -274,15 +275,18 @@ def torch_optimizers() -> list[Any]:
     return [pytest.param(*pair, id=f"{pair[0].__name__} {pair[1]}") for pair in found]
 
 
+@pytest.mark.parametrize("is_constant", [False, True], ids=["schedule", "constant"])
 @pytest.mark.parametrize(("optimizer", "options"), torch_optimizers())
-def test_torch_is_the_optimizer_used_directly_bit_for_bit(optimizer: Any, options: Any) -> None:
+def test_torch_is_the_optimizer_used_directly_bit_for_bit(
+    optimizer: Any, options: Any, is_constant: bool
+) -> None:
     generator = torch.Generator().manual_seed(0)
     start = [torch.randn(3, 4, generator=generator), torch.randn(2, 2, generator=generator)]
     grads = [[torch.randn(p.shape, generator=generator) for p in start] for _ in range(7)]
-    rates = [0.1 / (k + 1) for k in range(7)]
+    rates = [0.1 if is_constant else 0.1 / (k + 1) for k in range(7)]
     direct = [torch.nn.Parameter(p.clone()) for p in start]
     reference = optimizer(direct, lr=rates[0], **options)
-    adapter = Torch(optimizer, lr=lambda k: rates[k], **options)
+    adapter = Torch(optimizer, lr=rates[0] if is_constant else lambda k: rates[k], **options)
     variables, memory = [p.clone() for p in start], adapter.init(start)
     for k, grad in enumerate(grads):
         for group in reference.param_groups:
@@ -326,11 +330,14 @@ def test_torch_minimizes_a_lower_problem_and_says_how_it_ended() -> None:
 @pytest.mark.parametrize(
     "method",
     [
+        Torch(torch.optim.SGD, lr=0.01, max_steps=20),
+        Torch(torch.optim.SGD, lr=0.01, momentum=0.9, max_steps=20),
+        Torch(torch.optim.SGD, lr=lambda step: 0.01 / (1 + step), momentum=0.9, max_steps=20),
         Torch(torch.optim.SGD, lr=0.01, momentum=0.9, nesterov=True, max_steps=20),
         Torch(torch.optim.Adam, lr=lambda step: 0.1 / (1 + step), amsgrad=True, max_steps=20),
         Torch(torch.optim.Rprop, lr=0.01, max_norm=0.5, max_steps=20),
     ],
-    ids=["momentum", "schedule", "shortened"],
+    ids=["plain", "momentum", "scheduled", "nesterov", "schedule", "shortened"],
 )
 def test_torch_minimizes_by_its_own_steps_bit_for_bit(method: Torch) -> None:
     smooth = Smooth(logistic)

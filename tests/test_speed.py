@@ -30,25 +30,25 @@ def test_by_hand_finds_the_hypergradient_in_closed_form(quadratic, name):
     assert relative_error(found.value, truth) < 1e-6
 
 
-def test_library_evaluates_one_gradient_and_one_product_more_than_by_hand(quadratic):
-    """The gradient after the last step, and the product that measures the residual of the linear system."""
+def test_library_evaluates_one_product_more_than_by_hand(quadratic):
+    """It measures the residual of the linear system."""
     work, _ = quadratic
     hand = by_hand.implicit(work, STEPS, 1e-6, 24)(work.x, work.y)
     method = ours.implicit(work, STEPS, 1e-6, 24)
     found = ours.hypergradient(work, method)(work.x, work.y)
     assert relative_error(found.value, hand.value) < 1e-6  # what the linear systems are solved to
-    assert (found.gradients, found.hvps) == (hand.gradients + 1, hand.hvps + 1)
+    assert (found.gradients, found.hvps) == (hand.gradients, hand.hvps + 1)
 
 
-def test_library_recomputes_no_step_of_a_small_problem_more_often_than_by_hand():
-    """One gradient more: that which says whether the lower problem is solved."""
+def test_library_recomputes_no_step_of_a_small_problem():
+    """One gradient more than by hand: that which says whether the lower problem is solved."""
     work = t0_tiny.work()
     graph = by_hand.unrolled(work, 10)(work.x, work.y)
     hand = by_hand.recomputed(work, 10)(work.x, work.y)
     found = ours.hypergradient(work, bl.Unrolled(10, lr=work.lr))(work.x, work.y)
     assert relative_error(hand.value, graph.value) < 1e-12
     assert relative_error(found.value, graph.value) < 1e-12
-    assert (found.gradients, found.hvps) == (hand.gradients + 1, hand.hvps)
+    assert (found.gradients, found.hvps) == (graph.gradients + 1, hand.hvps)
 
 
 def test_descent_by_hand_and_by_the_library_end_at_one_point():

@@ -113,6 +113,12 @@ def test_is_finite_sees_every_leaf() -> None:
     assert _tree.is_finite({"a": torch.ones(2), "b": torch.zeros(1)})
     assert not _tree.is_finite({"a": torch.ones(2), "b": torch.tensor([float("nan")])})
     assert not _tree.is_finite([torch.tensor(float("inf"))])
+    assert not _tree.is_finite(torch.tensor([float("inf"), -float("inf")]))
+
+
+@pytest.mark.parametrize(("dtype", "large"), [(torch.float64, 1e308), (torch.float16, 6e4)])
+def test_large_entries_are_finite_though_their_sum_is_not(dtype: torch.dtype, large: float) -> None:
+    assert _tree.is_finite(torch.full((100,), large, dtype=dtype))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from torch import Tensor
 from bilevel import _tree
 from bilevel._oracle import Oracle
 from bilevel._solution import Status
-from bilevel.estimators._gap import RegularizedLower, rounding
+from bilevel.estimators._gap import rounding
+from bilevel.estimators._lower import LowerObjective
 from bilevel.estimators._screen import low_points
 from bilevel.optim import Minimizer
 
@@ -52,7 +53,7 @@ def explore(oracle: Oracle, x: Tensor, y: Tensor, minimizer: Minimizer, seed: in
     starts = [y, *(y + 2.0 ** (i - 3) * size * noises[i] for i in range(1, _AROUND))]
     starts += low_points(oracle, x, y)
     for number, point in enumerate(starts):
-        lower = RegularizedLower(oracle, x, 0.0, hessian)
+        lower = LowerObjective(oracle, x, hessian)
         start = lower.evaluate(point)
         if not math.isfinite(start.value):
             if number == 0:

@@ -13,9 +13,10 @@ from bilevel import _tree
 from bilevel._oracle import CountedGradient, Oracle
 from bilevel._problem import constrains_lower
 from bilevel._solution import Status
-from bilevel.estimators._gap import RegularizedLower, rounding
+from bilevel.estimators._gap import rounding
 from bilevel.estimators._kkt import ConstrainedLower
 from bilevel.estimators._kkt_point import KKTPoint
+from bilevel.estimators._lower import LowerObjective
 from bilevel.estimators._nonsmooth import minimize
 from bilevel.estimators._screen import low_points
 from bilevel.optim import Newton
@@ -80,7 +81,7 @@ class LowerSolver:
             return Local(point.y, point.value, point.status, point)
         if not self._is_smooth:
             return self._solve_at_kinks(y)
-        lower = RegularizedLower(self._oracle, self._x, 0.0, self._hessian)
+        lower = LowerObjective(self._oracle, self._x, self._hessian)
         start = lower.evaluate(y)
         found = self._newton.minimize(lower, start, 1e-10 * _tree.length(start.grad))
         self._hessian = lower.lower_hessian

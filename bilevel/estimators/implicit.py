@@ -18,10 +18,13 @@ from bilevel._solution import Status
 from bilevel.estimators._base import Estimate, Estimator, failed, linear_tolerance
 from bilevel.estimators._bound import error_bound
 from bilevel.estimators._fixed_point import at_fixed_point
-from bilevel.estimators._gap import RegularizedLower
+from bilevel.estimators._lower import LowerObjective
 from bilevel.fixed_points import FixedPoint
 from bilevel.linear import CG, GMRES, LinearSolver
+from bilevel.linear._base import Product
 from bilevel.optim import Minimizer, Newton
+
+_AT_ONCE = 256  # variables up to which the columns of the Hessian may take memory together, as for Newton's method
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ class Implicit(Estimator):
         linear = self.linear or CG()
         warm = memory or {}
         oracle = Oracle(problem, data)
-        lower = RegularizedLower(oracle, x, 0.0, warm.get("lower_hessian"))
+        lower = LowerObjective(oracle, x, warm.get("lower_hessian"))
         start = lower.evaluate(y)
         scale = max(_tree.length(start.grad), float(warm.get("scale", 0.0)))
         minimizer = self.minimizer or Newton()
@@ -121,22 +124,27 @@ class Implicit(Estimator):
             return failed(oracle, x, y, solved.status)
         y = solved.point.y
         upper, upper_x, upper_y = oracle.upper_grad(x, y)
-        gradient = oracle.linearized(x, y)
-        v = linear.solve(gradient.hvp, upper_y, warm.get("v"))
+        value = float(upper)
+        gradient = lower.linearized(solved.point)
+        product = gradient.hvp
+        if y.numel() <= _AT_ONCE:
+            product = Product(gradient.hvp, gradient.hessian)
+        v = linear.solve(product, upper_y, warm.get("v"))
         size = _tree.length(upper_y)
-        residual = _tree.length(gradient.hvp(v) - upper_y) / (size or 1.0)
-        grad = upper_x - gradient.mixed_vjp(v)
+        mixed, image = gradient.products(v)
+        residual = _tree.length(image - upper_y) / (size or 1.0)
+        grad = upper_x - mixed
         status = Status.CONVERGED
-        measured = math.isfinite(float(upper)) and math.isfinite(residual)  # and so the products
-        if not (measured and bool(torch.isfinite(grad).all())):
+        measured = math.isfinite(value) and math.isfinite(residual)  # and so the products
+        if not (measured and _tree.is_finite(grad)):
             status = Status.NONFINITE
         elif solved.status is not Status.CONVERGED:
             status = Status.LOWER_UNSOLVED
         elif not residual <= solved_to:
             status = Status.LINEAR_UNSOLVED
         info = {
-            "upper": float(upper),
-            "lower": solved.point.extra.lower,
+            "upper": value,
+            "lower": solved.point.value,
             "lower_residual": solved.residual,
             "linear_residual": residual,
         }
@@ -146,11 +154,11 @@ class Implicit(Estimator):
         return Estimate(
             grad=grad,
             y=y,
-            value=float(upper),
+            value=value,
             status=status,
             info=info,
             # F(x, y) - F(x, y*) = v . grad_y f to first order: the lower residual is rounding too
-            noise=torch.finfo(x.dtype).eps * abs(float(upper)) + _tree.length(v) * solved.residual,
+            noise=torch.finfo(x.dtype).eps * abs(value) + _tree.length(v) * solved.residual,
             memory={"v": v, "scale": scale, "lower_hessian": lower.lower_hessian},
             evaluations=oracle.evaluations,
         )

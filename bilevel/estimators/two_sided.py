@@ -104,7 +104,7 @@ class TwoSided(Estimator):
         value = 0.5 * (ahead.upper + behind.upper) + half * (ahead.lower - behind.lower)
         grad = 0.5 * (ahead.upper_x + behind.upper_x) + half * (ahead.lower_x - behind.lower_x)
         status = Status.CONVERGED if is_solved else Status.LOWER_UNSOLVED
-        if not (math.isfinite(value) and bool(torch.isfinite(grad).all())):
+        if not (math.isfinite(value) and _tree.is_finite(grad)):
             status = Status.NONFINITE
         eps = torch.finfo(x.dtype).eps
         return Estimate(

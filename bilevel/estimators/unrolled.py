@@ -12,13 +12,13 @@ from torch import Tensor
 
 from bilevel import _tree
 from bilevel._errors import check_count, check_number
-from bilevel._oracle import Oracle
+from bilevel._oracle import CountedGradient, Oracle
 from bilevel._problem import BilevelProblem
 from bilevel._solution import Status
 from bilevel.estimators._base import FALLEN, Estimate, Estimator, failed
+from bilevel.estimators._tape import Tape
 
 _Differentiated = tuple[Tensor, float, Tensor, float, float | None]
-_AT_HAND = 2**16  # numbers up to which all iterates are kept: half a megabyte in float64
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,10 @@ class Unrolled(Estimator):
     solutions, that is the solution the start leads to, whatever F would choose among them.
 
     Reverse mode goes back through the steps with a cotangent of y, and recomputes the graph of each step when it
-    gets there. Of a long run it keeps every $\sqrt T$-th iterate and computes those between a second time, so that
-    memory grows as $\sqrt T\, n$ and not with the size of the graphs. Forward mode carries $dy_t/dx$, shape (n, m),
-    along with the steps: it keeps nothing, and costs m products a step, so it is for a few upper variables.
+    gets there, unless all graphs together take at most 64 MiB. Of a long run it keeps every $\sqrt T$-th iterate and
+    computes those between a second time, so that memory grows as $\sqrt T\, n$ and not with the size of the graphs.
+    Forward mode carries $dy_t/dx$, shape (n, m), along with the steps: it keeps nothing, and costs m products a
+    step, so it is for a few upper variables.
 
     The status is LOWER_UNSOLVED where the gradient of f has not fallen to a hundredth of the first one seen: too
     few steps, or steps so long that they diverge. The number is still the exact gradient of the returned value, but
@@ -133,28 +134,21 @@ class Unrolled(Estimator):
 
     def _reverse(self, oracle: Oracle, x: Tensor, y: Tensor) -> _Differentiated:
         """y_T, F there, the hypergradient, the length of the first gradient of f, and what was cut off."""
-        kept = self.max_steps - self._constant_steps
-        every = 1 if kept * y.numel() <= _AT_HAND else math.ceil(math.sqrt(kept))
+        tape = Tape(oracle, x, y, self.lr, self.max_steps - self._constant_steps)
         first = 0.0
-        checkpoints: list[Tensor] = []
         for t in range(self.max_steps):
-            if t >= self._constant_steps and (t - self._constant_steps) % every == 0:
-                checkpoints.append(y)
-            y, grad_y = self._step(oracle, x, y)
+            y, grad_y = self._step(oracle, x, y) if t < self._constant_steps else tape.step(y)
             first = _tree.length(grad_y) if t == 0 else first
         upper, grad, cotangent = oracle.upper_grad(x, y)
         upper_y = _tree.length(cotangent)
-        end = kept
-        while checkpoints:
-            segment = [checkpoints.pop()]
-            start = len(checkpoints) * every
-            while len(segment) < end - start:
-                segment.append(self._step(oracle, x, segment[-1])[0])
-            end = start
-            while segment:  # the adjoint of one step, from the last to the first
-                mixed, product = oracle.linearized(x, segment.pop()).products(cotangent)
-                grad = grad - self.lr * mixed
-                cotangent = cotangent - self.lr * product
+
+        def adjoint(step: CountedGradient) -> None:
+            nonlocal grad, cotangent
+            mixed, product = step.products(cotangent)
+            grad = grad - self.lr * mixed
+            cotangent = cotangent - self.lr * product
+
+        tape.back(adjoint)
         truncated = _tree.length(cotangent) / (upper_y or 1.0) if self._constant_steps else None
         return y, float(upper), grad, first, truncated
 

@@ -175,7 +175,7 @@ class ValueFunction(Estimator):
         sign = gap.sign
         grad = at_y.upper_x + sign * at_y.multiplier * (at_y.lower_x - z.point.extra.lower_x)
         status = Status.CONVERGED
-        if not (math.isfinite(y.point.value) and bool(torch.isfinite(grad).all())):
+        if not (math.isfinite(y.point.value) and _tree.is_finite(grad)):
             status = Status.NONFINITE
         elif not (z.status is y.status is Status.CONVERGED):
             status = Status.LOWER_UNSOLVED

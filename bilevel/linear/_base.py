@@ -46,6 +46,22 @@ class LinearSolver(ABC):
 
 
 @dataclass(frozen=True)
+class Product:
+    """A product with vectors whose columns can be had at once, which `Dense` makes use of.
+
+    Attributes:
+        matvec: The product with a vector of shape (n,).
+        columns: Makes the matrix, shape (n, n).
+    """
+
+    matvec: Callable[[Tree], Tree]
+    columns: Callable[[], Tensor]
+
+    def __call__(self, v: Tree) -> Tree:
+        return self.matvec(v)
+
+
+@dataclass(frozen=True)
 class System:
     """The same equation over one vector, in float32 or wider.
 
@@ -66,22 +82,21 @@ def system(matvec: Callable[[Tree], Tree], b: Tree, v0: Tree | None) -> System:
     """The equation over vectors; half-precision products are summed up in float32."""
     vector, unravel = _tree.ravel(b)
     dtype, n = vector.dtype, vector.numel()
-    wide = torch.promote_types(dtype, torch.float32)
 
     def product(v: Tensor) -> Tensor:
-        image = _tree.ravel(matvec(unravel(v.to(dtype))))[0].detach()
+        image = _tree.ravel(matvec(unravel(v)))[0].detach()
         if image.numel() != n:
             raise StructureError(
                 f"`matvec(v)` must be like `b`, which has {n} entries. Got {image.numel()}. "
                 "Return the product with a square matrix."
             )
-        return image.to(wide)
+        return image if image.dtype == dtype else image.to(dtype)
 
     start = None
     if v0 is not None:
         _tree.check_like(v0, b, "v0")
-        start = _tree.ravel(v0)[0].detach().to(wide, copy=True)
-    return System(product, vector.detach().to(wide), start, lambda v: unravel(v.to(dtype)))
+        start = _tree.ravel(v0)[0].detach().clone()
+    return System(product, vector.detach(), start, unravel)
 
 
 def trivial(b: Tensor) -> Tensor | None:

@@ -106,11 +106,11 @@ def conjugate_gradients(
         if not curvature > 0.0:
             break
         step = rz / curvature
-        v = v + step * p
-        r = r - step * Ap
+        v = torch.add(v, p, alpha=step)
+        r = torch.sub(r, Ap, alpha=step)
         rz_before = rz
         z, rz, residual = measured(r)
-        p = z + (rz / rz_before) * p
+        p = torch.add(z, p, alpha=rz / rz_before)
         if residual > target or target > math.sqrt(eps) * size or left == 0:
             continue
         # The recursion claims convergence below what its rounding errors may amount to.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from bilevel._types import Tree
-from bilevel.linear._base import LinearSolver, system
+from bilevel.linear._base import LinearSolver, Product, system
 
 linalg: Any = torch.linalg  # its stubs are untyped
 
@@ -32,8 +32,11 @@ class Dense(LinearSolver):
         """See `LinearSolver.solve`; `v0` is not needed."""
         equation = system(matvec, b, None)
         n = equation.b.numel()
-        identity = torch.eye(n, dtype=equation.b.dtype, device=equation.b.device)
-        matrix = torch.stack([equation.matvec(column) for column in identity], dim=1)
+        if isinstance(matvec, Product):
+            matrix = matvec.columns()
+        else:
+            identity = torch.eye(n, dtype=equation.b.dtype, device=equation.b.device)
+            matrix = torch.stack([equation.matvec(column) for column in identity], dim=1)
         factors, swaps, _ = linalg.lu_factor_ex(matrix)
         pivots = factors.diagonal().abs()
         singular = pivots.min() <= n * torch.finfo(matrix.dtype).eps * pivots.max()

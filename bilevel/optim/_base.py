@@ -38,6 +38,10 @@ class SmoothFunction(ABC):
     def evaluate(self, y: Tensor) -> Point:
         """The value and the gradient at `y`."""
 
+    def evaluate_last(self, y: Tensor) -> Point:
+        """The same, where the minimizer is about to stop: what is measured may serve after it."""
+        return self.evaluate(y)
+
     @property
     @abstractmethod
     def has_hessian(self) -> bool:

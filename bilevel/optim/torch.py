@@ -96,6 +96,12 @@ class Torch(Minimizer):
         self, variables: Sequence[Tensor], grads: Sequence[Tensor], memory: Mapping[str, Any]
     ) -> tuple[list[Tensor], dict[str, Any]]:
         """New variables and memory after one step along `grads`; the arguments stay as they are."""
+        momentum = self._plain_momentum
+        if momentum is not None:
+            groups = zip(variables, grads, memory["slots"], strict=True)
+            moved = [_descended(*group, self.rate(0), momentum) for group in groups]
+            slots = [slot for _, slot in moved]
+            return [leaf for leaf, _ in moved], {"count": memory["count"] + 1, "slots": slots}
         new = [leaf.detach().clone() for leaf in variables]
         self._set_grads(new, grads)
         optimizer = self.optimizer(new, lr=self.rate(memory["count"]), **self.options)
@@ -132,8 +138,7 @@ class Torch(Minimizer):
     ) -> Minimum:
         """See `Minimizer.minimize`."""
         point, count = start, 0
-        y = start.y.detach().clone()  # moves in place, so that one optimizer can serve all steps
-        optimizer = self.optimizer([y], lr=self.rate(0), **self.options)
+        move = self._mover(start.y)
         while True:
             residual = _tree.length(point.grad)
             if not (math.isfinite(point.value) and math.isfinite(residual)):
@@ -142,16 +147,67 @@ class Torch(Minimizer):
                 return Minimum(point, residual, Status.CONVERGED, count)
             if count == self.max_steps:
                 return Minimum(point, residual, Status.MAX_STEPS, count)
-            if count and callable(self.lr):
-                before = optimizer.state[y]
-                optimizer = self.optimizer([y], lr=self.rate(count), **self.options)
-                optimizer.state[y] = before
-            self._set_grads([y], [point.grad])
-            optimizer.step()
-            new = fun.evaluate(y.clone())
+            y = move(point.y, point.grad, count)
+            evaluate = fun.evaluate_last if count + 1 == self.max_steps else fun.evaluate
+            new = evaluate(y)
             for _ in range(_HALVINGS):  # a step out of the function's domain is shortened
                 if new.value != math.inf:
                     break
-                y.copy_(0.5 * (point.y + y))
-                new = fun.evaluate(y.clone())
+                y = 0.5 * (point.y + y)
+                new = evaluate(y)
             point, count = new, count + 1
+
+    @property
+    def _plain_momentum(self) -> float | None:
+        """The momentum, where the optimizer is `SGD` at a constant rate and has no other option; else None."""
+        is_plain = (
+            self.optimizer is torch.optim.SGD
+            and self.options.keys() <= {"momentum"}
+            and self.max_norm is None
+            and not callable(self.lr)
+        )
+        momentum = self.options.get("momentum", 0.0)
+        return momentum if is_plain and momentum >= 0.0 else None
+
+    def _mover(self, y: Tensor) -> Callable[[Tensor, Tensor, int], Tensor]:
+        """The next y after that of step number `count`, of which it is given the gradient."""
+        momentum, slot = self._plain_momentum, dict[str, Any]()
+        if momentum is not None:
+            rate = self.rate(0)
+
+            def descend(y: Tensor, grad: Tensor, count: int) -> Tensor:
+                nonlocal slot
+                y, slot = _descended(y, grad, slot, rate, momentum)
+                return y
+
+            return descend
+        own = y.detach().clone()  # moves in place, so that one optimizer can serve all steps
+        optimizer = self.optimizer([own], lr=self.rate(0), **self.options)
+
+        def move(y: Tensor, grad: Tensor, count: int) -> Tensor:
+            nonlocal optimizer
+            own.copy_(y)
+            if count and callable(self.lr):
+                before = optimizer.state[own]
+                optimizer = self.optimizer([own], lr=self.rate(count), **self.options)
+                optimizer.state[own] = before
+            self._set_grads([own], [grad])
+            optimizer.step()
+            return own.clone()
+
+        return move
+
+
+def _descended(
+    leaf: Tensor, grad: Tensor, slot: Mapping[str, Any], lr: float, momentum: float
+) -> tuple[Tensor, dict[str, Any]]:
+    """A step of `SGD` in its own operations, bit for bit.
+
+    What `torch.optim` does around them takes as long as the gradient of a small problem.
+    """
+    with torch.no_grad():
+        if not momentum:
+            return torch.add(leaf, grad, alpha=-lr), {}
+        before = slot.get("momentum_buffer")
+        velocity = grad.clone() if before is None else before.mul(momentum).add_(grad)
+        return torch.add(leaf, velocity, alpha=-lr), {"momentum_buffer": velocity}

@@ -20,6 +20,7 @@ from bilevel._solution import Evaluations, Status
 from bilevel._types import Projection
 from bilevel.estimators._basins import explore
 from bilevel.estimators._gap import RegularizedLower
+from bilevel.estimators._lower import LowerObjective
 from bilevel.optim._base import Minimizer, Point
 from bilevel.optim.quasi_newton import QuasiNewton
 
@@ -53,7 +54,7 @@ def measure(
     z starts in the deepest basin of f that is found from there.
     """
     oracle = Oracle(problem)
-    first = RegularizedLower(oracle, x, 0.0).evaluate(y)
+    first = LowerObjective(oracle, x).evaluate(y)
     if not (math.isfinite(first.value) and bool(torch.isfinite(first.grad).all())):
         return _failed(x, y, Status.NONFINITE, oracle)
     z = _minimize_lower(oracle, x, y, minimizer)
@@ -101,8 +102,7 @@ def _failed(x: Tensor, y: Tensor, status: Status, oracle: Oracle) -> Scales:
 
 def _minimize_lower(oracle: Oracle, x: Tensor, y: Tensor, minimizer: Minimizer) -> Tensor | Status:
     """The minimizer of f(x, .) found from y, or why there is none."""
-    lower = RegularizedLower(oracle, x, 0.0)
-    start = lower.evaluate(y)
+    start = LowerObjective(oracle, x).evaluate(y)
     size = _tree.length(start.grad)
     lower = RegularizedLower(oracle, x, _TINY_MU * size / (1.0 + _tree.length(y)))
     found = minimizer.minimize(lower, lower.evaluate(y), 1e-10 * size)
