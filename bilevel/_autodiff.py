@@ -20,7 +20,6 @@ from bilevel._types import Tree
 
 Function = Callable[..., Tensor]
 func: Any = torch.func  # its stubs are untyped
-_engine: Any = torch.autograd.Variable._execution_engine  # pyright: ignore
 
 
 def _variables(trees: tuple[Tree, ...]) -> tuple[list[Tree], list[list[Tensor]]]:
@@ -38,48 +37,12 @@ def _grad(output: Tensor, inputs: Sequence[Tensor], **options: Any) -> list[Tens
     """The derivatives of `output` in the tracked `inputs`, zero in those that it ignores."""
     if not output.requires_grad:
         return [torch.zeros_like(leaf) for leaf in inputs]
-    found = _backward(output, inputs, **options)
+    found = torch.autograd.grad(output, inputs, allow_unused=True, **options)
     # torch's own `materialize_grads` does the same, and takes a tenth of a small gradient's time.
     return [
-        torch.zeros_like(leaf) if grad is None else grad
+        torch.zeros_like(leaf) if grad is None else grad  # pyright: ignore[reportUnnecessaryComparison]
         for leaf, grad in zip(inputs, found, strict=True)
     ]
-
-
-def _backward(
-    output: Tensor,
-    inputs: Sequence[Tensor],
-    grad_outputs: Tensor | None = None,
-    *,
-    retain_graph: bool = False,
-    create_graph: bool = False,
-    is_grads_batched: bool = False,
-) -> Sequence[Tensor | None]:
-    """What `torch.autograd.grad` returns, None where an input is not used.
-
-    What that function looks at before it calls the engine takes a third of a small gradient's time.
-    """
-    retain_graph = retain_graph or create_graph
-    if is_grads_batched or torch.compiler.is_compiling():
-        return torch.autograd.grad(
-            output,
-            inputs,
-            grad_outputs,
-            retain_graph=retain_graph,
-            create_graph=create_graph,
-            is_grads_batched=is_grads_batched,
-            allow_unused=True,
-        )
-    cotangent = torch.ones_like(output) if grad_outputs is None else grad_outputs
-    return _engine.run_backward(
-        (output,),
-        (cotangent,),
-        retain_graph,
-        create_graph,
-        tuple(inputs),
-        allow_unreachable=True,
-        accumulate_grad=False,
-    )
 
 
 def value(fun: Function, *trees: Tree) -> Tensor:
