@@ -12,7 +12,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo zoo scoreboard faults test fuzz lint fmt bench peers docs serve check clean
+.PHONY: help setup demo zoo scoreboard faults kills test fuzz coverage mutants lint fmt bench peers docs serve check clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,11 +41,35 @@ scoreboard: $(STAMP)  ## Solve a folder of published problems (PROBLEMS=...), wr
 faults: $(STAMP)  ## Do every fault of docs/reliability.md, write its table (about 3 minutes)
 	$(RUN) -m benchmarks.faults
 
+kills: $(STAMP)  ## Kill a training 200 times at random moments, compare every bit with one left alone
+	KILLS=200 $(RUN) -m pytest -s tests/echoir/test_kills.py
+
 test: $(STAMP)  ## Run the tests, on as many cores as there are
 	$(RUN) -m pytest -n auto --maxprocesses 8
 
-fuzz: $(STAMP)  ## Run the property tests with fresh random examples, many of them
-	$(RUN) -m pytest -m hypothesis --hypothesis-profile=fuzz
+MINUTES ?= 0
+fuzz: $(STAMP)  ## Run the property tests with fresh random examples, again until MINUTES=... are over
+	@end=$$(($$(date +%s) + 60 * $(MINUTES))); while :; do \
+		$(RUN) -m pytest -m hypothesis --hypothesis-profile=fuzz || exit 1; \
+		[ $$(date +%s) -lt $$end ] || exit 0; \
+	done
+
+# What only these two need: `.venv` has it after the first of them.
+PROOF := $(VENV)/.proof
+$(PROOF): $(STAMP)
+	@$(RUN) -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[proof]'
+	@touch $@
+
+coverage: $(PROOF)  ## Run the library's tests, fail where they reach less than 95 % of its branches
+	$(RUN) -m coverage erase
+	$(RUN) -m coverage run -m pytest --ignore tests/echoir
+	$(RUN) -m coverage combine -q
+	$(RUN) -m coverage report
+
+mutants: $(PROOF)  ## Change four files in a thousand ways, fail where the tests see less than 90 % of it
+	rm -rf mutants
+	OMP_NUM_THREADS=1 $(RUN) -m mutmut run
+	$(RUN) benchmarks/mutants.py
 
 lint: $(STAMP)  ## Check style, types and layers
 	$(RUN) -m ruff check
@@ -77,4 +101,4 @@ serve: $(STAMP)  ## Serve the documentation on this machine, rebuilding as files
 check: lint docs test  ## lint + docs + test, as CI runs it
 
 clean:  ## Remove what was built, the environment too
-	rm -rf $(VENV) site build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) site build dist mutants .coverage* .pytest_cache .ruff_cache .hypothesis .import_linter_cache

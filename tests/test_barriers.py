@@ -115,8 +115,35 @@ def test_large_difference_is_the_subtraction(kappa: float, first: float, second:
         assert float(difference) == pytest.approx(float(subtraction), rel=1e-9, abs=1e-13)
 
 
-def test_difference_to_a_point_outside_is_infinite() -> None:
-    assert float(log_rational().difference(f64(0.1), f64(-0.1))) == math.inf
+@pytest.mark.parametrize("outside", [0.0, 0.1, 3.0])
+def test_difference_to_a_point_outside_is_infinite(outside: float) -> None:
+    assert float(log_rational().difference(f64(outside), f64(-0.1))) == math.inf
+
+
+@given(delta=st.floats(0.01, 1.0), first=st.floats(-2.0, 2.0), second=st.floats(-2.0, 2.0))
+def test_relaxed_difference_is_the_subtraction_on_both_sides_of_its_edge(
+    delta: float, first: float, second: float
+) -> None:
+    barrier = relaxed(log_rational(0.3), delta)
+    subtraction = barrier.value(f64(first), 0.5) - barrier.value(f64(second), 0.5)
+    difference = barrier.difference(f64(first), f64(second), 0.5)
+    scale = 1e-13 * max(float(barrier.value(f64(z), 0.5)) for z in (first, second))
+    assert float(difference) == pytest.approx(float(subtraction), rel=1e-9, abs=scale)
+
+
+@pytest.mark.parametrize("barrier", [log_rational(0.3), relaxed(log_rational(0.3), 0.1)], ids=str)
+def test_weight_is_one_where_it_is_left_out_and_scales_everything(barrier: Barrier) -> None:
+    zeta = torch.tensor([-2.0, -0.3, -0.2, -0.01], dtype=torch.float64)
+    for method in METHODS:
+        function = getattr(barrier, method)
+        torch.testing.assert_close(function(zeta), function(zeta, 4.0) / 4.0, rtol=1e-15, atol=0.0)
+    back = zeta.flip(0)
+    torch.testing.assert_close(
+        barrier.difference(zeta, back),
+        barrier.difference(zeta, back, 4.0) / 4.0,
+        rtol=1e-15,
+        atol=0.0,
+    )
 
 
 @given(delta=st.floats(1e-3, 1.0), zeta=st.floats(-1.0, 1.0))
@@ -145,16 +172,35 @@ def test_gradient_through_the_value_is_the_derivative() -> None:
     torch.testing.assert_close(grad, barrier.derivative(zeta.detach(), 0.1), rtol=1e-12, atol=0.0)
 
 
-@pytest.mark.parametrize("kappa", [0.0, -1.0, math.inf, math.nan])
-def test_kappa_out_of_range_says_the_rule(kappa: float) -> None:
-    with pytest.raises(ValueError, match=r"kappa=.*must be a finite number > 0.*Got kappa="):
-        log_rational(kappa)
+def test_gradient_through_the_value_of_a_point_outside_is_zero_and_not_nan() -> None:
+    zeta = torch.tensor([0.0, 0.5], dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(log_rational(0.7).value(zeta).sum(), zeta)
+    assert grad.tolist() == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("delta", [0.0, -1.0, math.inf, math.nan])
-def test_delta_out_of_range_says_the_rule(delta: float) -> None:
-    with pytest.raises(ValueError, match=r"delta=.*must be a finite number > 0.*Got delta="):
-        relaxed(log_rational(), delta)
+@pytest.mark.parametrize("number", [0.0, -1.0, math.inf, math.nan])
+def test_number_out_of_range_says_the_rule(number: float) -> None:
+    with pytest.raises(ValueError, match="kappa") as caught:
+        log_rational(number)
+    assert str(caught.value) == (
+        f"`log_rational(kappa=...)` must be a finite number > 0. Got kappa={number}. "
+        "Pass the distance from the bound at which the logarithm takes over, e.g. 1.0."
+    )
+    with pytest.raises(ValueError, match="delta") as caught:
+        relaxed(log_rational(), number)
+    assert str(caught.value) == (
+        f"`relaxed(delta=...)` must be a finite number > 0. Got delta={number}. "
+        "Pass a part of the known slack, e.g. 0.1 of it."
+    )
+
+
+def test_what_is_relaxed_must_be_a_barrier() -> None:
+    with pytest.raises(TypeError) as caught:
+        relaxed(torch.log, 0.1)  # pyright: ignore[reportArgumentType]
+    assert str(caught.value) == (
+        "`relaxed(barrier=...)` must be an instance of `Barrier`. "
+        "Got builtin_function_or_method. Pass e.g. `log_rational()`."
+    )
 
 
 def test_barriers_of_equal_numbers_are_equal_and_print_them() -> None:

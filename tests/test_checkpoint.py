@@ -165,6 +165,13 @@ def test_later_version_says_so(tmp_path: Path) -> None:
         load_state(tmp_path / "state")
 
 
+def test_file_of_the_first_version_still_loads() -> None:
+    """Written by 0.1.0, and never anew: whoever changes the format keeps a reader for it."""
+    loaded = load_state(Path(__file__).parent / "states" / "version-1")
+    for field in fields(State):
+        assert same(getattr(loaded, field.name), getattr(STATE, field.name)), field.name
+
+
 def test_missing_file_and_folder_are_the_usual_errors(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         load_state(tmp_path / "none")

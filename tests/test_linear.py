@@ -141,6 +141,106 @@ def test_cg_never_exceeds_its_products(max_steps: int) -> None:
     assert product.calls <= 2 * max_steps
 
 
+def test_cg_uses_the_products_that_it_may_until_it_is_done() -> None:
+    A, b = spd(50, 1e6), rhs(50)
+    product = Counted(A)
+    CG(max_steps=5000).solve(product, b)
+    total = product.calls
+    for start in (None, rhs(50, 3)):
+        for max_steps in (1, 2, 7, *range(total - 12, total + 1)):
+            product = Counted(A)
+            CG(max_steps=max_steps).solve(product, b, v0=start)
+            assert product.calls == max_steps
+
+
+def test_cg_uses_ten_products_an_unknown_at_most_by_default() -> None:
+    generator = torch.Generator().manual_seed(0)
+    calls = 0
+
+    def unsteady(v: Tensor) -> Tensor:  # another matrix each time: no residual becomes small
+        nonlocal calls
+        calls += 1
+        return (1.0 + 100.0 * torch.rand(4, dtype=torch.float64, generator=generator)) * v
+
+    CG().solve(unsteady, rhs(4))
+    assert calls == 40
+
+
+def test_cg_may_end_with_its_last_product_without_a_check() -> None:
+    b = torch.ones(3).double()
+    for max_steps in (2, 3, 4, 5):
+        product = Counted(torch.diag(torch.tensor([1.0, 2.0, 3.0]).double()))
+        CG(max_steps=max_steps).solve(product, b)
+        assert product.calls == min(max_steps, 4)
+
+
+def test_cg_stops_at_the_absolute_tolerance() -> None:
+    A, b = spd(50, 100.0), rhs(50)
+    for tolerance in (1.0, 1e-2, 1e-4):
+        relative, absolute = Counted(A), Counted(A)
+        expected = CG(rtol=tolerance / float(b.norm())).solve(relative, b)
+        found = CG(rtol=0.0, atol=tolerance).solve(absolute, b)
+        assert absolute.calls == relative.calls
+        assert torch.equal(found, expected)
+        assert float((b - A @ found).norm()) <= tolerance * (1.0 + 1e-9)
+
+
+def test_cg_without_tolerances_ends_at_rounding() -> None:
+    A, b = spd(50, 10.0), rhs(50)
+    product = Counted(A)
+    found = CG(rtol=0.0).solve(product, b)
+    assert error(found, torch.linalg.solve(A, b)) < 1e-14
+    assert product.calls < 100  # of 500
+
+
+def test_cg_at_a_start_that_meets_the_tolerance_takes_no_step() -> None:
+    b = torch.tensor([3.0, 4.0]).double()
+    product = Counted(spd(2, 10.0))
+    assert torch.equal(CG(rtol=1.0).solve(product, b), torch.zeros(2).double())
+    assert product.calls == 0
+
+
+@pytest.mark.parametrize("rtol", [0.0, 1e-12, 1e-6])
+def test_cg_takes_the_same_steps_in_every_unit_of_the_right_hand_side(rtol: float) -> None:
+    A, b = spd(20, 1e3), rhs(20)
+    plain = Counted(A)
+    expected = CG(rtol=rtol).solve(plain, b)
+    for unit in (2.0**-40, 2.0**40):  # powers of two: no rounding of their own
+        scaled = Counted(A)
+        assert torch.equal(CG(rtol=rtol).solve(scaled, unit * b), unit * expected)
+        assert scaled.calls == plain.calls
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_cg_returns_the_best_of_the_iterates_that_it_has_measured(seed: int) -> None:
+    """In float32 on an ill-conditioned system the measured residuals go up and down at the end."""
+    A, b = spd(40, 1e5, seed, torch.float32), rhs(40, seed + 5).float()
+    residuals: list[float] = []
+
+    def recorded(v: Tensor) -> Tensor:
+        image = A @ v
+        residuals.append(float((b - image).norm()))
+        return image
+
+    solution = CG(max_steps=4000).solve(recorded, b)
+    assert len(residuals) < 4000
+    assert float((b - A @ solution).norm()) == min(residuals)
+
+
+def test_cg_along_a_direction_without_curvature_stays() -> None:
+    A = torch.diag(torch.tensor([4.0, 1.0, 0.0]).double())
+    v = CG().solve(lambda u: A @ u, torch.tensor([0.0, 0.0, 5.0]).double())
+    assert torch.equal(v, torch.zeros(3).double())
+
+
+def test_cg_says_its_name_and_the_rule() -> None:
+    with pytest.raises(ValueError, match="rtol") as caught:
+        CG(rtol=-1.0)
+    assert str(caught.value) == (
+        "`CG(rtol=...)` must be a finite number >= 0. Got rtol=-1.0. Pass e.g. 1e-8."
+    )
+
+
 def test_cg_stops_at_negative_curvature_with_a_finite_iterate() -> None:
     A = torch.diag(torch.tensor([4.0, 1.0, -2.0]).double())
     b = torch.ones(3).double()

@@ -56,26 +56,38 @@ def test_schedules_print_compare_and_pickle() -> None:
     assert pickle.loads(pickle.dumps(schedule)) == schedule
 
 
+ABOVE, LEAST, FINITE = " above 0", " of at least 0", ""
+HALVE, FIRST, LAST = "Pass e.g. 0.5 to halve.", "Pass the first value.", "Pass the last value."
+NUMBER, POWER, STEPS = (
+    "Pass the number itself, e.g. 0.1.",
+    "Pass e.g. 1.0; below 0 it grows.",
+    "Pass a number of steps.",
+)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, 0.0, -1.0])
 @pytest.mark.parametrize(
-    "make",
+    ("make", "name", "rule", "mend"),
     [
-        lambda: constant(math.nan),
-        lambda: constant(math.inf),
-        lambda: geometric(0.0, 0.5),
-        lambda: geometric(math.nan, 0.5),
-        lambda: geometric(1.0, 0.0),
-        lambda: geometric(1.0, -0.5),
-        lambda: geometric(1.0, math.inf),
-        lambda: geometric(1.0, 0.5, floor=-1.0),
-        lambda: polynomial(-1.0, 1.0),
-        lambda: polynomial(1.0, math.nan),
-        lambda: polynomial(1.0, 1.0, scale=0.0),
-        lambda: polynomial(1.0, 1.0, floor=math.nan),
+        (constant, "constant(value", FINITE, NUMBER),
+        (lambda v: geometric(v, 0.5), "geometric(initial", ABOVE, FIRST),
+        (lambda v: geometric(1.0, v), "geometric(ratio", ABOVE, HALVE),
+        (lambda v: geometric(1.0, 0.5, floor=v), "geometric(floor", LEAST, LAST),
+        (lambda v: polynomial(v, 1.0), "polynomial(initial", ABOVE, FIRST),
+        (lambda v: polynomial(1.0, v), "polynomial(power", FINITE, POWER),
+        (lambda v: polynomial(1.0, 1.0, scale=v), "polynomial(scale", ABOVE, STEPS),
+        (lambda v: polynomial(1.0, 1.0, floor=v), "polynomial(floor", LEAST, LAST),
     ],
 )
-def test_parameter_out_of_range_says_the_rule(make: Callable[[], object]) -> None:
-    with pytest.raises(ValueError, match=r"=\.\.\.\)` must be a finite number.*Got "):
-        make()
+def test_parameter_out_of_range_says_the_rule(
+    make: Callable[[float], object], name: str, rule: str, mend: str, wrong: float
+) -> None:
+    if math.isfinite(wrong) and (rule == FINITE or (rule == LEAST and wrong == 0.0)):
+        make(wrong)
+        return
+    with pytest.raises(ValueError, match="must be a finite number") as caught:
+        make(wrong)
+    assert str(caught.value) == f"`{name}=...)` must be a finite number{rule}. Got {wrong}. {mend}"
 
 
 @pytest.mark.parametrize(
@@ -85,6 +97,7 @@ def test_parameter_out_of_range_says_the_rule(make: Callable[[], object]) -> Non
         ([constant(1.0)], [2], "one boundary between"),
         ([constant(1.0), constant(2.0)], [0], "positive and increasing"),
         ([constant(1.0)] * 3, [4, 4], "positive and increasing"),
+        ([constant(1.0)] * 3, [5, 4], "positive and increasing"),
     ],
 )
 def test_join_of_parts_that_do_not_fit_says_the_rule(
@@ -92,3 +105,47 @@ def test_join_of_parts_that_do_not_fit_says_the_rule(
 ) -> None:
     with pytest.raises(ValueError, match=rule):
         join(parts, boundaries)
+
+
+def test_errors_of_join_tell_what_it_got_and_what_to_pass() -> None:
+    with pytest.raises(ValueError, match="one boundary") as caught:
+        join([constant(1.0)] * 2, [1, 2, 3])
+    assert str(caught.value) == (
+        "`join(schedules, boundaries)` must have one boundary between any two schedules. "
+        "Got 2 schedules and 3 boundaries. Pass one boundary fewer than schedules."
+    )
+    with pytest.raises(ValueError, match="increasing") as caught:
+        join([constant(1.0)] * 3, [5, 4])
+    assert str(caught.value) == (
+        "`join(boundaries=...)` must be positive and increasing. Got [5, 4]. "
+        "Sort them, and leave out repeated ones."
+    )
+
+
+def test_first_part_may_have_one_step() -> None:
+    schedule = join([constant(3.0), geometric(8.0, 0.5)], [1])
+    assert [schedule(k) for k in range(3)] == [3.0, 8.0, 4.0]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 5), min_size=1, max_size=4),
+    ratio=st.floats(0.1, 2.0),
+    step=st.integers(0, 30),
+)
+def test_joined_parts_count_from_their_own_start(
+    lengths: list[int], ratio: float, step: int
+) -> None:
+    parts = [geometric(float(k + 1), ratio) for k in range(len(lengths) + 1)]
+    boundaries = [sum(lengths[: k + 1]) for k in range(len(lengths))]
+    begin = max(b for b in (0, *boundaries) if b <= step)
+    part = (0, *boundaries).index(begin)
+    assert join(parts, boundaries)(step) == parts[part](step - begin)
+
+
+@given(initial=POSITIVE, floor=st.floats(0.0, 1e6), step=st.integers(0, 1000))
+def test_nothing_falls_below_its_floor(initial: float, floor: float, step: int) -> None:
+    for make in (
+        lambda low: geometric(initial, 0.7, low),
+        lambda low: polynomial(initial, 1.5, 3.0, low),
+    ):
+        assert make(floor)(step) == max(make(0.0)(step), floor)

@@ -1,17 +1,18 @@
 """The arguments of train.py, whole configurations of them, and what becomes of them on disk."""
 
 import argparse
+import hashlib
 import json
 import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from console import pick_device
-from degradations import Task
+from degradations import Task, degradation
 from model import PRESETS
 from objectives import Lower
 from stages import PerStage, plan
@@ -174,10 +175,13 @@ def settle(a: Arguments) -> Arguments:
             )
         try:
             known = json.loads(saved.read_text())
+            digest = _digest(known)
+            if known.pop("sha256", digest) != digest:
+                raise ValueError("its checksum is another")
             known |= {name: Path(known[name]) for name in ("data", "init") if known.get(name)}
             known |= {k: tuple(v) for k, v in known.items() if isinstance(v, list)}
             return Arguments(**known, output=a.output, resume=True)
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"`--resume` must find the arguments of the run. Got {saved}, which is damaged: {error}. "
                 "Write it anew from another run's, or start without --resume."
@@ -191,11 +195,11 @@ def check(a: Arguments):
     """Refuses numbers out of their range."""
     for name in POSITIVE:
         value = getattr(a, name)
-        if value is not None and any(
-            v <= 0 for v in (value if isinstance(value, tuple) else [value])
+        if value is not None and not all(
+            0 < v < math.inf for v in (value if isinstance(value, tuple) else [value])
         ):
             raise ValueError(
-                f"`--{name.replace('_', '-')}` must be positive. Got {value}. Leave it out, perhaps."
+                f"`--{name.replace('_', '-')}` must be positive and finite. Got {value}. Leave it out, perhaps."
             )
     if not 0 < a.val_share < 1:
         raise ValueError(
@@ -206,6 +210,10 @@ def check(a: Arguments):
             raise ValueError(
                 f"`--{name}` must be at least 0 and below 1. Got {getattr(a, name)}. Use 0 for none."
             )
+    if not 0 <= a.alpha < math.inf:
+        raise ValueError(f"`--alpha` must be at least 0. Got {a.alpha}. Use e.g. 0.1.")
+    if not 0 <= a.seed < 2**63:
+        raise ValueError(f"`--seed` must be at least 0 and below 2^63. Got {a.seed}. Use e.g. 0.")
     if a.warmup < 0:
         raise ValueError(f"`--warmup` must be at least 0. Got {a.warmup}. Use 0 for none.")
     for name in ("mu", "theta", "barrier", "epsilon"):
@@ -214,6 +222,7 @@ def check(a: Arguments):
             raise ValueError(
                 f"`--{name}` must have a start and a scale above 0. Got {known}. Use e.g. 1 2 100."
             )
+    degradation(a.task, a.sigma)
     plan(a.stages, a.steps, patch=a.patch, batch=a.batch, lower_batch=a.lower_batch)
 
 
@@ -227,7 +236,13 @@ def start_anew(a: Arguments, methods: Sequence[str]):
     kept = asdict(a) | {name: _absolute(getattr(a, name)) for name in ("data", "init")}
     del kept["output"], kept["resume"]
     with replacing(note) as file:
-        file.write_text(json.dumps(kept))
+        file.write_text(json.dumps(kept | {"sha256": _digest(kept)}))
+
+
+def _digest(kept: dict[str, Any]) -> str:
+    """Of the arguments, which a damaged byte must not change into others."""
+    rest = {name: value for name, value in kept.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _absolute(path: Path | None) -> str | None:

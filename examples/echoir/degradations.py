@@ -4,6 +4,7 @@ A degradation maps a clean image, float32 (H, W, 3) in [0, 1], to a degraded one
 from the generator it is given, so the same generator state gives the same image.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
@@ -30,10 +31,10 @@ def degradation(task: Task, sigma: float | Sequence[float]) -> Degradation:
             highest, between which every image gets its own.
 
     Raises:
-        ValueError: if the task is unknown or sigma is negative, or a range in the wrong order.
+        ValueError: if the task is unknown, or sigma is negative or infinite, or a range in the wrong order.
     """
     low, high = (sigma, sigma) if isinstance(sigma, int | float) else sigma
-    if not 0 <= low <= high:
+    if not 0 <= low <= high < math.inf:
         raise ValueError(
             f"The noise must have sigma >= 0, or a range of two such numbers, the lower first. Got sigma={sigma}. "
             "Use e.g. 25, or 5 50."

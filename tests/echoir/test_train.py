@@ -197,7 +197,7 @@ def test_a_blind_denoiser_is_trained_and_resumed(folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--steps", "0"], "`--steps` must be positive. Got 0"),
+        (["--steps", "0"], "`--steps` must be positive and finite. Got 0"),
         (["--val-share", "1.5"], "above 0 and below 1. Got 1.5"),
         (["--sigma", "50", "5"], "the lower first. Got sigma=(50.0, 5.0)"),
         (["--resume"], "must find a run to go on with"),
