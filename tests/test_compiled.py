@@ -185,7 +185,8 @@ def test_nan_gives_a_status_and_the_start() -> None:
 @pytest.mark.usefixtures("untraced")
 def test_negative_curvature_ends_the_conjugate_gradients() -> None:
     problem = bl.BilevelProblem(
-        lambda x, y, _: (y - x).square().sum(), lambda x, y, _: y[0] ** 2 - y[1] ** 2 + (x * y).sum()
+        lambda x, y, _: (y - x).square().sum(),
+        lambda x, y, _: y[0] ** 2 - y[1] ** 2 + (x * y).sum(),
     )
     x, y = start(2, 2)
     found = bl.Implicit(CG(max_steps=4), steps(lr=0.01, max_steps=1), tol=1.0, compile=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.optim import Minimizer, Torch
+from bilevel.optim import Torch
 
 _OPTIONS: dict[Any, dict[str, Any]] = {
     torch.optim.SGD: {"momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False},
@@ -41,13 +41,14 @@ class Descent:
         yield from make(self, dict(self.options))
 
     def shortened(self, grad: Tensor) -> Tensor:
-        """The gradient, no longer than `max_norm`."""
+        """The gradient, shape (n,) or (K, n), no longer than `max_norm`."""
         if self.max_norm is None:
             return grad
-        return grad * (self.max_norm / torch.sqrt(torch.sum(grad * grad))).clamp(max=1.0)
+        length = torch.sqrt(torch.sum(grad * grad, dim=-1, keepdim=True))
+        return grad * (self.max_norm / length).clamp(max=1.0)
 
 
-def descent(where: str, minimizer: Minimizer | None) -> Descent:
+def descent(where: str, minimizer: object) -> Descent:
     """The steps of `minimizer` written out.
 
     Raises:

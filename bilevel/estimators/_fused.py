@@ -21,6 +21,9 @@ from bilevel.linear import CG, Dense
 linalg: Any = torch.linalg  # its stubs are untyped
 #: The hypergradient, y, what the next one can start from, and measured numbers.
 Found = tuple[Tensor, Tensor, Tensor, Tensor]
+FIRST = (
+    3  # where among the numbers stands the length of the gradient of f that the solve began with
+)
 #: From x, y, what the last one left or None, and the data of F and of f.
 Program = Callable[[Tensor, Tensor, Tensor | None, Any, Any], Found]
 
