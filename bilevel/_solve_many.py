@@ -166,7 +166,7 @@ def solve_many(
         if not bool(active.any()):
             break
 
-    rows: Any = last.tolist()  # pyright: ignore[reportUnknownMemberType]
+    rows: Any = last.tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
     def of_one(k: int, numbers: list[float]) -> Status:
         """By the same rules as of a single estimate."""

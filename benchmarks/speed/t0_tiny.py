@@ -98,7 +98,7 @@ def tables(rules: Rules) -> str:
         f"{STEPS} upper steps of gradient descent, each with {LOWER_STEPS} lower steps from where the last one ended; "
         "`apart` is how far x at the end is from that of the same method by hand.\n\n"
     )
-    return about + rows(results, extra, ("steps a second", "apart")) + "\n" + _many(rules)
+    return about + rows(results, extra, ("steps a second", "apart")) + "\n\n" + _many(rules)
 
 
 def at_once(count: int) -> tuple[Run, Run]:
@@ -147,4 +147,4 @@ def _many(rules: Rules) -> str:
     about = (
         "Many such problems at once, by `solve_many`, against a loop of the floor over them:\n\n"
     )
-    return about + table(("problems", "ms a problem", "ms in the loop", "times faster"), lines)
+    return about + table(["problems", "ms a problem", "ms in the loop", "times faster"], lines)

@@ -76,13 +76,6 @@ class Implicit(Estimator):
         ... ).grad
         tensor([6.])
 
-        In one graph, of twenty lower steps and one product of the linear system:
-
-        >>> sgd = bl.optim.Torch(torch.optim.SGD, lr=0.5, max_steps=30)
-        >>> method = bl.Implicit(bl.linear.CG(max_steps=1), sgd, tol=1e-6, compile=True)
-        >>> method.estimate(problem, torch.ones(1), torch.zeros(1)).grad  # doctest: +SKIP
-        tensor([6.])
-
     References:
         Pedregosa, Hyperparameter optimization with approximate gradient (ICML 2016), Eq. 2.
     """
