@@ -21,6 +21,7 @@ from bilevel._problem import Batch, BilevelProblem
 from bilevel._recommend import Recommendation, recommend
 from bilevel._solution import Certificate, Evaluations, Solution, State, Status
 from bilevel._solve import solve
+from bilevel._solve_many import Solutions, solve_many
 from bilevel._types import Schedule
 from bilevel.diagnostics import Report, check_hypergradient
 from bilevel.estimators import (
@@ -82,6 +83,7 @@ __all__ = [
     "Run",
     "Schedule",
     "Solution",
+    "Solutions",
     "Solver",
     "State",
     "Status",
@@ -108,6 +110,7 @@ __all__ = [
     "save_state",
     "schedules",
     "solve",
+    "solve_many",
     "update_module",
 ]
 

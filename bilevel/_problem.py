@@ -13,6 +13,7 @@ from torch import Tensor
 from bilevel import _tree
 from bilevel._box import Box
 from bilevel._errors import ObjectiveError, check_kind
+from bilevel._programs import Programs
 from bilevel._returned import check_size, excess, samples, scalar, vector
 from bilevel._types import Objective, Projection, Tree
 
@@ -62,6 +63,7 @@ class BilevelProblem:
             digits in float32 where the difference of two means loses them.
         unravel: None for a problem that a user states. Where a solver has made one over vectors of it, the two
             functions that put a vector back into the user's trees x and y.
+        programs: What was compiled for the problem, and for those over vectors that were made of it.
 
     Raises:
         TypeError: One of the functions is not callable, or does not take the arguments that it is called with.
@@ -86,6 +88,7 @@ class BilevelProblem:
     unravel: tuple[Callable[[Tensor], Tree], Callable[[Tensor], Tree]] | None = field(
         default=None, kw_only=True, repr=False
     )
+    programs: Programs = field(default_factory=Programs, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("upper", "lower", *CONSTRAINTS, "domain"):
@@ -183,6 +186,8 @@ def ravel(
             _then(unravel_y, problem.unravel and problem.unravel[1]),
         ),
     )
+    kept = problem.programs.setdefault((_tree.kind(x), _tree.kind(y)), Programs())
+    object.__setattr__(flat, "programs", kept)  # a flat problem is made anew for each step
     return flat, (x_vector, y_vector), unravel_x, unravel_y
 
 

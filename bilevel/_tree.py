@@ -55,6 +55,18 @@ def shapes(tree: Tree) -> str:
     )
 
 
+def kind(tree: Tree) -> tuple[Any, ...]:
+    """What two trees share that differ in their numbers alone; hashable."""
+    if isinstance(tree, Tensor):
+        return tree.shape, tree.dtype
+    parts = leaves(tree)
+    return (
+        optree.tree_structure(tree),
+        *(leaf.shape for leaf in parts),
+        *(leaf.dtype for leaf in parts),
+    )
+
+
 def detach(tree: Tree) -> Tree:
     """The same values in new tensors that share no memory and no graph with `tree`."""
     return unflatten_like(tree, [leaf.detach().clone() for leaf in leaves(tree)])

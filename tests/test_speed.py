@@ -61,6 +61,11 @@ def test_descent_by_hand_and_by_the_library_end_at_one_point():
     assert relative_error(found.value, hand.value) < 1e-12
 
 
+def test_many_tiny_problems_at_once_end_where_each_does_by_hand():
+    together, loop = t0_tiny.at_once(3)
+    assert relative_error(together().value, loop().value) < 1e-9
+
+
 def test_truth_of_logistic_regression_is_that_of_many_steps():
     work, truth = t2_logistic.work(*t2_logistic.breast_cancer())
     found = by_hand.implicit(work, 300, 1e-10, 300)(work.x, work.y)

@@ -36,6 +36,13 @@ def hypergradient(work: Work, method: bl.Estimator) -> Hypergradient:
     return run
 
 
+def compiled(work: Work, method: bl.Estimator) -> Hypergradient:
+    """By one compiled graph, which the first call makes and `bl.hypergradient` finds with the problem."""
+    run = hypergradient(work, method)
+    run(work.x, work.y)
+    return run
+
+
 def iterated(work: Work, solver: bl.Solver, steps: int) -> Answer:
     """`steps` upper steps by `bl.iterate`; x at the end."""
     *_, state = islice(bl.iterate(work.problem, solver, work.x, work.start), steps)

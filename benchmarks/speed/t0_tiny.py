@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from statistics import median
 
 import torch
+from page import table
 from torch import Tensor
 
 import bilevel as bl
 from speed import by_hand, ours
 from speed.entries import peer
-from speed.race import FLOOR, OURS, Contender, Result, Rules, Run, answers, race, rows
+from speed.race import FLOOR, OURS, Contender, Result, Rules, Run, answers, race, rows, timed
 from speed.work import Answer, Hypergradient, Work, descend, relative_error
 
 STEPS = 50  # upper steps of a measurement
 LOWER_STEPS = 10
 RTOL, PRODUCTS = 1e-10, 10  # of the linear system
 CERTIFIED = "10 steps + CG, with the certificate of `solve`"
+COMPILED = "10 steps + CG, compile=True"
+UNROLLED_COMPILED = "unrolled, compile=True"
+MANY = (1, 10, 100, 1000)
 LR = 0.1  # of the upper steps
 
 
@@ -55,12 +60,17 @@ def contenders(task: Work) -> list[Contender]:
         return loop(lambda: peer(name, method, task, *numbers))
 
     cg = LOWER_STEPS, RTOL, PRODUCTS
+    exact, graph = ours.implicit(task, *cg), bl.Unrolled(LOWER_STEPS, lr=task.lr)
     return [
         Contender(FLOOR, "10 steps + CG", loop(lambda: by_hand.implicit(task, *cg))),
         Contender(FLOOR, "unrolled", loop(lambda: by_hand.unrolled(task, LOWER_STEPS))),
-        library("10 steps + CG", ours.iterated, ours.implicit(task, *cg)),
-        library(CERTIFIED, ours.solved, ours.implicit(task, *cg)),
-        library("unrolled", ours.iterated, bl.Unrolled(LOWER_STEPS, lr=task.lr)),
+        library("10 steps + CG", ours.iterated, exact),
+        library(CERTIFIED, ours.solved, exact),
+        library("unrolled", ours.iterated, graph),
+        Contender(OURS, COMPILED, loop(lambda: ours.compiled(task, replace(exact, compile=True)))),
+        Contender(
+            OURS, UNROLLED_COMPILED, loop(lambda: ours.compiled(task, replace(graph, compile=True)))
+        ),
         Contender("TorchOpt", "10 steps + CG", other("TorchOpt", "implicit", *cg)),
         Contender("TorchOpt", "unrolled", other("TorchOpt", "unrolled", LOWER_STEPS)),
         # Without a stopping test, more products than variables divide by a residual of zero.
@@ -75,8 +85,9 @@ def contenders(task: Work) -> list[Contender]:
 def tables(rules: Rules) -> str:
     results = race(contenders(work()), rules)
     same = answers(results)
-    for method in (CERTIFIED, "10 steps + Neumann"):
+    for method in (CERTIFIED, COMPILED, "10 steps + Neumann"):
         same[method] = same["10 steps + CG"]
+    same[UNROLLED_COMPILED] = same["unrolled"]
 
     def extra(result: Result, answer: Answer) -> list[str]:
         twin = same[result.contender.method]
@@ -87,4 +98,53 @@ def tables(rules: Rules) -> str:
         f"{STEPS} upper steps of gradient descent, each with {LOWER_STEPS} lower steps from where the last one ended; "
         "`apart` is how far x at the end is from that of the same method by hand.\n\n"
     )
-    return about + rows(results, extra, ("steps a second", "apart"))
+    return about + rows(results, extra, ("steps a second", "apart")) + "\n\n" + _many(rules)
+
+
+def at_once(count: int) -> tuple[Run, Run]:
+    """The same steps for `count` problems of seeded starts, by one `solve_many` and by hand, one after the other."""
+    task = work()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(count, 2, dtype=torch.float64, generator=generator)
+    y = torch.zeros(count, 2, dtype=torch.float64)
+    numbers = LOWER_STEPS, RTOL, PRODUCTS
+    upper = bl.optim.Torch(torch.optim.SGD, lr=LR)
+    solver = bl.HypergradientDescent(
+        ours.implicit(task, *numbers), upper_optimizer=upper, rtol=1e-12
+    )
+    by_one = by_hand.implicit(task, *numbers)
+
+    def together() -> Answer:
+        return Answer(bl.solve_many(task.problem, solver, x, y, max_steps=STEPS).x)
+
+    def loop() -> Answer:
+        runs = [descend(by_one, replace(task, x=one), STEPS, LR).value for one in x]
+        return Answer(torch.stack(runs))
+
+    return together, loop
+
+
+def _many(rules: Rules) -> str:
+    """Seconds a problem. The loop by hand takes as long for each, so that it is timed on one."""
+    runs = {count: at_once(count)[0] for count in MANY}
+    loop = at_once(1)[1]
+    times: dict[int, list[tuple[float, float]]] = {count: [] for count in MANY}
+    for run in (*runs.values(), loop):
+        run()
+    for _ in range(rules.repeats):
+        floor = timed(loop, 1)
+        for count, run in runs.items():
+            times[count].append((timed(run, 1) / count, floor))
+    lines = [
+        [
+            str(count),
+            f"{1e3 * median(a for a, _ in pairs):.3g}",
+            f"{1e3 * median(b for _, b in pairs):.3g}",
+            f"{median(b / a for a, b in pairs):.3g}",
+        ]
+        for count, pairs in times.items()
+    ]
+    about = (
+        "Many such problems at once, by `solve_many`, against a loop of the floor over them:\n\n"
+    )
+    return about + table(["problems", "ms a problem", "ms in the loop", "times faster"], lines)

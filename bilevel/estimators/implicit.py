@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,12 +16,16 @@ from bilevel._errors import check_kind, check_number
 from bilevel._oracle import Oracle
 from bilevel._problem import BilevelProblem
 from bilevel._solution import Status
+from bilevel._types import Tree
+from bilevel.estimators import _compiled
 from bilevel.estimators._base import Estimate, Estimator, failed, linear_tolerance
 from bilevel.estimators._bound import error_bound
+from bilevel.estimators._descent import descent
 from bilevel.estimators._fixed_point import at_fixed_point
+from bilevel.estimators._fused import FusedImplicit
 from bilevel.estimators._lower import LowerObjective
 from bilevel.fixed_points import FixedPoint
-from bilevel.linear import CG, GMRES, LinearSolver
+from bilevel.linear import CG, GMRES, Dense, LinearSolver
 from bilevel.linear._base import Product
 from bilevel.optim import Minimizer, Newton
 
@@ -52,9 +57,15 @@ class Implicit(Estimator):
         error_bound: Whether `info["error_bound"]` says how far the hypergradient is from the true one, given both
             residuals: a bound to first order, by one Newton step and one linear solve more, which `evaluations`
             count. Not with a `condition`.
+        compile: Whether `torch.compile` makes one graph of the lower steps, the linear system and the hypergradient:
+            the same numbers many times faster where the problem is small, for half a minute at the first call. It
+            takes a fixed number of steps, which end early in their effect and not in time: `minimizer` must be a
+            `Torch` of SGD, Adam or AdamW, and `linear` `CG(max_steps=...)` or `Dense()`. What is compiled is kept
+            with the problem, so make that once, and give what changes as data.
 
     Raises:
-        ValueError: `tol` is negative, or a `minimizer` is given beside a `condition`.
+        ValueError: `tol` is negative, a `minimizer` is given beside a `condition`, or `compile` beside a part that
+            has no fixed number of steps.
         TypeError: A part is of the wrong kind.
 
     Example:
@@ -77,6 +88,7 @@ class Implicit(Estimator):
     tol: float = 1e-13
     condition: FixedPoint | None = None
     error_bound: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.linear is not None:
@@ -96,6 +108,35 @@ class Implicit(Estimator):
             check_kind("Implicit(minimizer=...)", self.minimizer, Minimizer, mend)
         check_number("Implicit", "tol", self.tol, "Use e.g. 1e-10.", zero=True)
         check_kind("Implicit(error_bound=...)", self.error_bound, bool, "Pass True or False.")
+        check_kind("Implicit(compile=...)", self.compile, bool, "Pass True or False.")
+        if self.compile:
+            _ = self.fused  # refuses now what has no fixed number of steps
+
+    @cached_property
+    def fused(self) -> FusedImplicit:
+        """The same as one fixed program.
+
+        Raises:
+            ValueError: A part stops where its numbers tell it to.
+        """
+        for name in ("condition", "error_bound"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"`Implicit({name}=...)` must be left out of a fixed program, as `compile=True` and "
+                    f"`solve_many` need it. Got {name}={getattr(self, name)}. Leave out one of them."
+                )
+        linear = self.linear or CG()
+        if not isinstance(linear, Dense) and not (isinstance(linear, CG) and linear.max_steps):
+            raise ValueError(
+                "`Implicit(linear=...)` must take a fixed number of products to be one program for all problems, as "
+                f"`compile=True` and `solve_many` need it. Got {linear}. Pass e.g. `linear.CG(max_steps=10)` or "
+                "`linear.Dense()`."
+            )
+        return FusedImplicit(descent("Implicit(minimizer=...)", self.minimizer), self.tol, linear)
+
+    def recalled(self, problem: BilevelProblem, x: Tree, y: Tree, data: Any) -> Estimate | None:
+        """See `Estimator.recalled`."""
+        return _compiled.recalled(self.fused, problem, x, y, data) if self.compile else None
 
     def estimate(
         self,
@@ -106,6 +147,8 @@ class Implicit(Estimator):
         memory: Mapping[str, Any] | None = None,
     ) -> Estimate:
         """See `Estimator.estimate`."""
+        if self.compile:
+            return _compiled.estimate(self.fused, problem, x, y, data, memory)
         solved_to = linear_tolerance(x.dtype)
         if self.condition is not None:
             linear = self.linear or GMRES()
