@@ -154,18 +154,16 @@ def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
     dtype = torch.float32
     for leaf in parts:
         dtype = torch.promote_types(dtype, leaf.dtype)
-    structure = optree.tree_structure(cast(Any, tree))
     shapes = [leaf.shape for leaf in parts]
     dtypes = [leaf.dtype for leaf in parts]
     sizes = [leaf.numel() for leaf in parts]
 
     def unravel(vector: Tensor) -> Tree:
         pieces = torch.split(vector, sizes) if len(sizes) > 1 else (vector,)
-        parts = [
-            p.view(s) if p.dtype == d else p.view(s).to(d)
-            for p, s, d in zip(pieces, shapes, dtypes, strict=True)
-        ]
-        return optree.tree_unflatten(structure, parts)
+        views = [p.view(s) for p, s in zip(pieces, shapes, strict=True)]
+        return unflatten_like(
+            tree, [v if v.dtype == d else v.to(d) for v, d in zip(views, dtypes, strict=True)]
+        )
 
     return torch.cat([leaf.reshape(-1).to(dtype) for leaf in parts]), unravel
 
