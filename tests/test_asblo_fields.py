@@ -125,6 +125,13 @@ def test_pessimistic_form_takes_no_lower_constraints() -> None:
     )
 
 
+def test_pessimistic_walk_starts_where_the_user_says_and_the_other_where_upper_is_small() -> None:
+    solver = bl.ASBLO(pessimistic=True)
+    assert torch.equal(solver.init(PROBLEM, X, Y, None, full_batch=True).x, X)
+    start = bl.ASBLO().init(PROBLEM, X, Y, None, full_batch=True)
+    assert start.x.item() == pytest.approx(0.0, abs=1e-6)  # F = (y - 1)^2 + x^2 / 10 over both
+
+
 def test_batches_take_no_constraints() -> None:
     with pytest.raises(ValueError, match=r"^`ASBLO on batches` takes a domain of x, and no"):
         bl.ASBLO().init(CONSTRAINED, X, Y, None, full_batch=False)

@@ -205,6 +205,7 @@ def test_what_is_relaxed_must_be_a_barrier() -> None:
 
 def test_barriers_of_equal_numbers_are_equal_and_print_them() -> None:
     assert log_rational(0.5) == log_rational(0.5)
+    assert log_rational() == log_rational(1.0)
     assert (
         str(relaxed(log_rational(0.5), 0.1)) == "Relaxed(barrier=LogRational(kappa=0.5), delta=0.1)"
     )
