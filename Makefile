@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 		|| { echo "bilevel needs Python 3.11 or newer; name one with: make PYTHON=python3.11"; exit 1; }
 	@echo "Installing into $(VENV): about a minute, longer where torch has to be downloaded"
 	@if [ -f $@ ]; then rm $@; else $(PYTHON) -m venv --clear $(VENV); fi
-	@$(RUN) -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev,docs,example,onnx,test]'
+	@$(RUN) -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[browser,dev,docs,example,onnx,test]'
 	@touch $@
 
 demo: $(STAMP)  ## Train EchoIR with ASBLO on photographs (about 10 minutes on 2 cores)

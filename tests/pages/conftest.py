@@ -1,0 +1,24 @@
+"""The built documentation, once for all processes of a test run."""
+
+import os
+from pathlib import Path
+
+import pytest
+from building import ROOT, build
+from filelock import FileLock  # torch needs it, so it is there
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the built site."""
+    pytest.importorskip("mkdocs", reason="needs the `docs` extra")
+    pytest.importorskip(
+        "skimage", reason="needs the `example` extra: the pages restore a photograph"
+    )
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    with FileLock(shared / "site.lock"):
+        if not (shared / "site").exists():
+            build(ROOT / "mkdocs.yml", shared / "unfinished").check_returncode()
+            (shared / "unfinished").rename(shared / "site")
+    return shared / "site"
