@@ -87,7 +87,7 @@ class Measurement:
     """Where a method stands.
 
     Attributes:
-        seconds: Spent by the method, without the judge.
+        seconds: Of the processor, spent by the method, without the judge.
         accuracy: Of the classifier on the test data.
         f1: Of the detection of corrupted labels.
     """
@@ -223,13 +223,13 @@ def curve(digits: Digits, method: Method, seconds: float) -> list[Measurement]:
     x0, y0 = start(digits)
     points = [judge(digits, x0, y0, 0.0)]
     times = np.geomspace(FIRST, seconds, POINTS)
-    spent, resumed = 0.0, time.perf_counter()
+    spent, resumed = 0.0, time.process_time()
     for state in steps(objectives(digits), method.solver, x0, y0, method.batches(digits)):
-        now = spent + time.perf_counter() - resumed
+        now = spent + time.process_time() - resumed
         if now >= times[0]:
             points.append(judge(digits, state.x, state.y, now))
             times = times[times > now]
-            spent, resumed = now, time.perf_counter()
+            spent, resumed = now, time.process_time()
         if not len(times):
             break
     return points
