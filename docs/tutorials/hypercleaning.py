@@ -11,8 +11,8 @@ the weights x, one a sample, so that the classifier is good on the validation se
 A sample whose weight falls below one half is called corrupted. Two numbers judge a method: the accuracy of y on test
 data, and the F1 score of the corrupted samples that it found. Each method gets the same wall-clock time.
 Over three splits, the classifier trained on all labels is right on 87.3 % of the test data, trained on the clean ones
-alone on 94.9 %. All methods reach 93 to 94 % and find the wrong labels with an F1 score of 0.92 to 0.96: six points
-above the one, one or two below the other.
+alone on 94.9 %. All methods reach 92 to 94 % and find the wrong labels with an F1 score of 0.93 to 0.96: five points
+and more above the one, one to three below the other.
 `METHODS` holds them by name: to try one more, add a line.
 """
 

@@ -48,7 +48,8 @@ FAINT = """() => {
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2];
   };
   const page = light(getComputedStyle(document.body).backgroundColor);
-  return [...document.querySelectorAll(".md-content figure svg text:not(.on-color)")]
+  return [...document.querySelectorAll(".md-content figure svg text")]
+    .filter(text => !text.closest(".on-color"))
     .filter(text => {
       const own = light(getComputedStyle(text).fill);
       return (Math.max(own, page) + 0.05) / (Math.min(own, page) + 0.05) < 3;
