@@ -28,6 +28,10 @@ def _arrow(x1: float, y1: float, x2: float, y2: float, *, echo: bool = False) ->
     )
 
 
+def _label(x: float, y: float, text: str) -> str:
+    return f'<text x="{x}" y="{y}" text-anchor="middle">{text}</text>'
+
+
 def _heads() -> str:
     return "".join(
         f'<marker id="arrow-{name}" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="7" markerHeight="7" '
@@ -58,8 +62,8 @@ def drawing(config: EchoIRConfig = PRESETS["paper"]) -> str:
             _arrow(up + 106, middle, decoder, middle),
             _arrow(encoder + 80, y + HEIGHT, encoder + 80, y + ROW),
             _arrow(up + 80, y + ROW, up + 80, y + HEIGHT),
-            f'<text x="{(encoder + 110 + up) / 2}" y="{middle - 8}" text-anchor="middle">'
-            f"echo: {channels[level]} channels, {size}</text>",
+            _label((encoder + 110 + up) / 2, middle - 8, f"{channels[level]} channels"),
+            _label((encoder + 110 + up) / 2, middle + 18, size),
         ]
     y = top + ROW * levels
     left, right = 110 + STEP * (levels - 1) + 60, 560 - STEP * (levels - 1) + 100

@@ -3,18 +3,25 @@
 import html
 import importlib
 import inspect
+import re
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from plots import svg
 
 MADE = Path(__file__).resolve().parents[1] / "assets" / "tutorials"  # by `make tutorials`
+READABLE = 0.7  # pixels a point below which a figure scrolls instead of shrinking
 
 
 def figure(drawing: Figure | str, caption: str) -> str:
     """A figure with its caption as HTML; drawn by matplotlib, or given as SVG."""
     text = drawing if isinstance(drawing, str) else svg(drawing)
-    return f'<figure class="drawn"><div>{text}</div><figcaption>{caption}</figcaption></figure>'
+    (width,) = re.findall(r'viewBox="0 0 ([0-9.]+)', text)
+    least = f"--least: {READABLE * float(width):.0f}px"
+    return (
+        f'<figure class="drawn" style="{least}"><div>{text}</div>'
+        f"<figcaption>{caption}</figcaption></figure>"
+    )
 
 
 def made(name: str, caption: str) -> str:

@@ -1,11 +1,20 @@
 """The built documentation, once for all processes of a test run."""
 
+import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import pytest
 from building import ROOT, build
 from filelock import FileLock  # torch needs it, so it is there
+
+for part in ("docs/figures", "docs/tutorials", "examples/echoir"):  # as in docs/hooks.py
+    sys.path.append(str(ROOT / part))
+
+
+if not all(map(importlib.util.find_spec, ("matplotlib", "sklearn", "skimage", "tyro"))):
+    collect_ignore = ["test_figures.py"]  # they need the `docs` and the `example` extra
 
 
 @pytest.fixture(scope="session")
