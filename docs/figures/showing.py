@@ -3,7 +3,6 @@
 import html
 import importlib
 import inspect
-import re
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -16,8 +15,8 @@ READABLE = 0.7  # pixels a point below which a figure scrolls instead of shrinki
 def figure(drawing: Figure | str, caption: str) -> str:
     """A figure with its caption as HTML; drawn by matplotlib, or given as SVG."""
     text = drawing if isinstance(drawing, str) else svg(drawing)
-    (width,) = re.findall(r'viewBox="0 0 ([0-9.]+)', text)
-    least = f"--least: {READABLE * float(width):.0f}px"
+    width = float(text.partition('viewBox="0 0 ')[2].split()[0])
+    least = f"--least: {READABLE * width:.0f}px"
     return (
         f'<figure class="drawn" style="{least}"><div>{text}</div>'
         f"<figcaption>{caption}</figcaption></figure>"

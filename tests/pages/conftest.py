@@ -12,7 +12,6 @@ from filelock import FileLock  # torch needs it, so it is there
 for part in ("docs/figures", "docs/tutorials", "examples/echoir"):  # as in docs/hooks.py
     sys.path.append(str(ROOT / part))
 
-
 if not all(map(importlib.util.find_spec, ("matplotlib", "sklearn", "skimage", "tyro"))):
     collect_ignore = ["test_figures.py"]  # they need the `docs` and the `example` extra
 
@@ -28,6 +27,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
     with FileLock(shared / "site.lock"):
         if not (shared / "site").exists():
-            build(ROOT / "mkdocs.yml", shared / "unfinished").check_returncode()
+            run = build(ROOT / "mkdocs.yml", shared / "unfinished")
+            assert run.returncode == 0, run.stderr
             (shared / "unfinished").rename(shared / "site")
     return shared / "site"
