@@ -2,7 +2,7 @@
 
 from model import PRESETS, EchoIRConfig
 
-WIDTH, STEP, ROW, HEIGHT = 980, 50, 92, 46  # the picture; shift and distance of levels; a box
+WIDTH, STEP, ROW, HEIGHT = 996, 50, 92, 46  # the picture; shift and distance of levels; a box
 ECHO = "#e8710a"
 
 
@@ -82,7 +82,7 @@ def drawing(config: EchoIRConfig = PRESETS["paper"]) -> str:
         _arrow(84, middle, 110, middle),
         _box(820, top, 70, "final", blocks(config.final_blocks)),
         _arrow(800, middle, 820, middle),
-        _box(912, top, 62, "3×3 conv", "+ image"),
+        _box(912, top, 78, "3×3 conv", "+ image"),
         _arrow(890, middle, 912, middle),
     ]
     height = y + HEIGHT + 12

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from plots import svg
 
 MADE = Path(__file__).resolve().parents[1] / "assets" / "tutorials"  # by `make tutorials`
-READABLE = 0.7  # pixels a point below which a figure scrolls instead of shrinking
+READABLE = 0.65  # pixels a point below which a figure scrolls instead of shrinking
 
 
 def figure(drawing: Figure | str, caption: str) -> str:
