@@ -12,7 +12,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo zoo scoreboard faults kills test fuzz coverage mutants lint fmt bench peers docs serve check clean
+.PHONY: help setup demo zoo scoreboard faults kills test fuzz coverage mutants lint fmt bench peers tutorials docs serve check clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -90,6 +90,11 @@ peers:  ## Install the libraries that `make bench` compares with, into .venv-pee
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --disable-pip-version-check -q --no-deps --ignore-requires-python \
 		-r benchmarks/peers/requirements.txt
+
+TUTORIALS := stackelberg lasso_path restoration imaml ridge hypercleaning logistic
+tutorials: $(STAMP)  ## Run the tutorials, keep what they print and draw for their pages (about 12 minutes)
+	cd docs/assets/tutorials && for name in $(TUTORIALS); do \
+		$(abspath $(RUN)) ../../tutorials/$$name.py > $$name.txt || exit 1; done
 
 docs: $(STAMP)  ## Build the documentation into site/
 	$(RUN) -m mkdocs build --strict

@@ -21,6 +21,7 @@ PAGES = sorted(
     for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
     if path.name != "CHANGELOG.md"
 )
+DRAW = ("examples/echoir", "docs/tutorials", "docs/figures")  # as in docs/hooks.py
 BLOCK = re.compile(r"^```python(?P<options>[^\n]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 EXEMPT = re.compile(r"# not run: \S+")
 
@@ -37,6 +38,8 @@ def python_blocks(page: Path) -> list[tuple[int, str]]:
 @pytest.mark.parametrize("page", [p for p in PAGES if python_blocks(p)], ids=str)
 def test_python_of_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    for folder in DRAW:
+        monkeypatch.syspath_prepend(ROOT / folder)
     names: dict[str, object] = {"__name__": "__main__"}
     for line, code in python_blocks(page):
         if EXEMPT.match(code):

@@ -1,5 +1,7 @@
 """What the figures of the tutorials share: a light grid, one legend, files that say the same each time."""
 
+import io
+import re
 from pathlib import Path
 
 from matplotlib import rc_context
@@ -25,7 +27,25 @@ def legend(figure: Figure, columns: int) -> None:
     )
 
 
+def svg(figure: Figure) -> str:
+    """As SVG that stands in a page: without a background, what is black in the color of the page's text.
+
+    It says the same in each run: no date, and identifiers that come from the content. Text with the group
+    identifier `on-color`, which stands on a color of the figure and not of the page, says so by its class.
+    """
+    buffer = io.StringIO()
+    with rc_context({"svg.hashsalt": "bilevel", "svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+    text = buffer.getvalue()
+    root = '<svg fill="currentColor" stroke-linejoin="round" '
+    text = text[text.index("<svg ") :].replace("<svg ", root, 1)
+    # What would reach beyond the figure: a style for the whole page, names of other figures' parts.
+    text = re.sub(r"\s*<metadata>.*?</metadata>|\s*<style.*?</style>", "", text, flags=re.DOTALL)
+    text = text.replace('<g id="on-color"', '<g class="on-color"')
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    return re.sub(r"(fill|stroke): #000000", r"\1: currentColor", text)
+
+
 def save(figure: Figure, path: Path) -> None:
-    """As SVG, without the date and with the same identifiers in each run."""
-    with rc_context({"svg.hashsalt": "bilevel"}):
-        figure.savefig(path, format="svg", metadata={"Date": None})
+    """Writes `svg` to a file."""
+    path.write_text(svg(figure), "utf-8")

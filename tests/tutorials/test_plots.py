@@ -1,5 +1,6 @@
 """What the figures of the tutorials share: a file says the same each time, a name stands in the legend once."""
 
+import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -26,3 +27,12 @@ def test_file_is_the_same_each_time(tmp_path: Path) -> None:
 def test_shared_name_stands_in_the_legend_once() -> None:
     (legend,) = two_panels().legends
     assert [text.get_text() for text in legend.get_texts()] == ["a < b & c"]
+
+
+def test_black_takes_the_color_of_the_page() -> None:
+    figure, (axes,) = plots.panels(1)
+    axes.plot([0.0, 1.0], color="black")
+    text = plots.svg(figure)
+    assert "stroke: currentColor" in text
+    assert not re.search("#000000|#ffffff", text)
+    assert "<text" in text  # of the page's own type, and to be searched
