@@ -217,6 +217,11 @@ def projected_by(domain: Projection | None, x: Tree) -> Tree:
     return image
 
 
+def upper_value(problem: BilevelProblem, x: Tree, y: Tree, data: Any) -> Tensor:
+    """F(x, y) on the data of its level, 0-d."""
+    return scalar(problem.upper(x, y, data), "upper")
+
+
 def lower_value(problem: BilevelProblem, x: Tree, y: Tree, data: Any) -> Tensor:
     """f(x, y) on the data of its level, 0-d: the mean where the problem is `per_sample`."""
     value = problem.lower(x, y, data)

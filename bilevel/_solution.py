@@ -102,6 +102,7 @@ class Evaluations:
     hvp: int = 0
 
     def __add__(self, other: Evaluations) -> Evaluations:
+        # Written out: a loop over the fields takes three times as long, and a step adds many.
         return Evaluations(
             self.upper + other.upper,
             self.lower + other.lower,

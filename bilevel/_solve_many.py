@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from bilevel import _tree
 from bilevel._autodiff import func
 from bilevel._errors import StructureError, check_count, check_kind
-from bilevel._problem import BilevelProblem, lower_value, ravel, split_data
+from bilevel._problem import BilevelProblem, lower_value, ravel, split_data, upper_value
 from bilevel._solution import Evaluations, Status, table
 from bilevel._types import Tree
 from bilevel.estimators import Implicit, Unrolled, check_problem, refuse_constraints
@@ -127,7 +127,7 @@ def solve_many(
     refuse_constraints(problem, "solve_many")
     fused, steps = _fixed(solver, max_steps)
     count = _count(x0, y0, data)
-    one_x, one_y, one_data = (_entry(tree, 0) for tree in (x0, y0, data))
+    one_x, one_y, one_data = (_first(tree) for tree in (x0, y0, data))
     check_problem(problem, one_x, one_y, one_data)
     flat, _, unravel_x, unravel_y = ravel(problem, _tree.detach(one_x), _tree.detach(one_y))
     parts = split_data(data)
@@ -142,9 +142,7 @@ def solve_many(
     converged, spoiled = ~active, ~active
     taken = torch.zeros(count, dtype=torch.int64, device=x.device)
     last = torch.zeros(count, 0)  # measured numbers of each, as `Fused.estimate` takes them
-    scale = torch.zeros_like(
-        taken, dtype=x.dtype
-    )  # the largest gradient of f that a solve began with
+    scale = torch.zeros_like(taken, dtype=x.dtype)  # largest gradient of f a solve began with
     length = torch.full((count,), math.inf, dtype=x.dtype, device=x.device)
     step = 0
     for rule in steps.rules():
@@ -178,8 +176,8 @@ def solve_many(
         return fused.estimate((x[k], y[k], warm[k], x[k]), numbers, True, memory).status
 
     values = [
-        func.vmap(fun, in_dims=(0, 0, axes))(x, y, part)
-        for fun, axes, part in zip((_upper(flat), _lower(flat)), mapped, parts, strict=True)
+        func.vmap(partial(fun, flat), in_dims=(0, 0, axes))(x, y, part)
+        for fun, axes, part in zip((upper_value, lower_value), mapped, parts, strict=True)
     ]
     once = fused.estimate((x[0], y[0], warm[0], x[0]), rows[0], True, None).evaluations
     return Solutions(
@@ -190,7 +188,8 @@ def solve_many(
         lower=values[1],
         hypergradient=length,
         steps=taken,
-        evaluations=_times(once, step) + Evaluations(upper=1, lower=1),
+        evaluations=Evaluations(*(step * calls for calls in astuple(once)))
+        + Evaluations(upper=1, lower=1),
         seconds=time.perf_counter() - began,
     )
 
@@ -230,8 +229,8 @@ def _count(x: Tree, y: Tree, data: Any) -> int:
     return count
 
 
-def _entry(tree: Tree, k: int) -> Tree:
-    return _tree.unflatten_like(tree, [leaf[k] for leaf in _tree.leaves(tree)])
+def _first(tree: Tree) -> Tree:
+    return _tree.unflatten_like(tree, [leaf[0] for leaf in _tree.leaves(tree)])
 
 
 def _axes(data: Any) -> Any:
@@ -245,24 +244,3 @@ def _vector(tree: Tree) -> Tensor:
 
 def _where(condition: Tensor, new: Tensor, old: Tensor) -> Tensor:
     return torch.where(condition[:, None], new, old)
-
-
-def _upper(problem: BilevelProblem) -> Any:
-    def value(x: Tensor, y: Tensor, data: Any) -> Tensor:
-        return problem.upper(x, y, data).reshape(())
-
-    return value
-
-
-def _lower(problem: BilevelProblem) -> Any:
-    return partial(lower_value, problem)
-
-
-def _times(once: Evaluations, steps: int) -> Evaluations:
-    return Evaluations(
-        once.upper * steps,
-        once.lower * steps,
-        once.upper_grad * steps,
-        once.lower_grad * steps,
-        once.hvp * steps,
-    )

@@ -32,7 +32,7 @@ ESTIMATORS: dict[str, tuple[bl.Estimator, float]] = {
 }
 
 
-def sgd(lr: float, **options: Any) -> Torch:
+def sgd(lr: float | bl.Schedule, **options: Any) -> Torch:
     return Torch(torch.optim.SGD, lr=lr, **options)
 
 

@@ -86,8 +86,8 @@ def test_compiled_is_the_closed_form_once_the_lower_problem_is_solved(linear: An
     case = quadratic(3, 4, 5.0)
     x, y = start(3, 4)
     exact = torch.func.grad(reduced(case.problem, case.y0))(x)
-    adam = steps(lr=0.25, momentum=0.3, max_steps=60)
-    found = bl.Implicit(linear, adam, tol=1e-7, compile=True).estimate(case.problem, x, y)
+    momentum = steps(lr=0.25, momentum=0.3, max_steps=60)
+    found = bl.Implicit(linear, momentum, tol=1e-7, compile=True).estimate(case.problem, x, y)
     assert found.status is bl.Status.CONVERGED
     torch.testing.assert_close(found.grad, exact, rtol=1e-6, atol=1e-8)
 

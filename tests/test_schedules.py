@@ -58,11 +58,8 @@ def test_schedules_print_compare_and_pickle() -> None:
 
 ABOVE, LEAST, FINITE = " above 0", " of at least 0", ""
 HALVE, FIRST, LAST = "Pass e.g. 0.5 to halve.", "Pass the first value.", "Pass the last value."
-NUMBER, POWER, STEPS = (
-    "Pass the number itself, e.g. 0.1.",
-    "Pass e.g. 1.0; below 0 it grows.",
-    "Pass a number of steps.",
-)
+NUMBER, POWER = "Pass the number itself, e.g. 0.1.", "Pass e.g. 1.0; below 0 it grows."
+STEPS = "Pass a number of steps."
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, 0.0, -1.0])

@@ -1,20 +1,19 @@
 """Many problems at once against one after the other, and against closed forms."""
 
 import warnings
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from cases import sgd
 from torch import Tensor
 
 import bilevel as bl
 from bilevel.linear import CG, Dense
 
 K, NX, NY = 5, 3, 4
-
-
-def sgd(lr: float, optimizer: Any = torch.optim.SGD, **options: Any) -> bl.optim.Torch:
-    return bl.optim.Torch(optimizer, lr=lr, **options)
 
 
 def quadratics(count: int = K) -> tuple[bl.BilevelProblem, dict[str, Tensor]]:
@@ -70,13 +69,11 @@ SOLVERS = {
         bl.Implicit(Dense(), sgd(0.5, max_steps=6)), upper_optimizer=sgd(0.05, max_norm=0.1)
     ),
     "Unrolled, Adam": bl.HypergradientDescent(
-        bl.Unrolled(6, lr=0.5), upper_optimizer=sgd(0.05, torch.optim.Adam)
+        bl.Unrolled(6, lr=0.5), upper_optimizer=bl.optim.Torch(torch.optim.Adam, lr=0.05)
     ),
     "Unrolled, momentum, schedule": bl.HypergradientDescent(
         bl.Unrolled(6, lr=0.5, truncate=3),
-        upper_optimizer=bl.optim.Torch(
-            torch.optim.SGD, lr=bl.schedules.geometric(0.05, 0.9), momentum=0.5
-        ),
+        upper_optimizer=sgd(bl.schedules.geometric(0.05, 0.9), momentum=0.5),
     ),
 }
 
@@ -186,3 +183,18 @@ def test_leading_axes_must_agree() -> None:
         bl.solve_many(problem, SOLVERS["CG"], x0, y0[1:], data, max_steps=2)
     with pytest.raises(bl.StructureError, match=r"data=.*Got float"):
         bl.solve_many(problem, SOLVERS["CG"], x0, y0, {**data, "l": 1.0}, max_steps=2)
+
+
+def test_what_is_no_problem_solver_or_count_is_refused() -> None:
+    problem, data = quadratics()
+    constrained = replace(problem, lower_constraint=lambda x, y, d: y)
+    x0, y0 = starts()
+    solver, many = SOLVERS["CG"], partial[Any](bl.solve_many, x0=x0, y0=y0, data=data)
+    with pytest.raises(TypeError, match=r"problem, \.\.\.\).*Got function.*BilevelProblem"):
+        many(quadratics, solver, max_steps=2)
+    with pytest.raises(TypeError, match=r"solver=.*Got ASBLO.*HypergradientDescent"):
+        many(problem, bl.ASBLO(), max_steps=2)
+    with pytest.raises(ValueError, match=r"max_steps=.*at least 1. Got max_steps=0"):
+        many(problem, solver, max_steps=0)
+    with pytest.raises(ValueError, match=r"solve_many.*no.*lower_constraint"):
+        many(constrained, solver, max_steps=2)

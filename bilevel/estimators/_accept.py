@@ -19,8 +19,9 @@ from bilevel._problem import (
     lower_value,
     projected_by,
     split_data,
+    upper_value,
 )
-from bilevel._returned import check_size, scalar
+from bilevel._returned import check_size
 from bilevel._solution import Evaluations
 from bilevel._types import Tree
 
@@ -53,7 +54,7 @@ def check_problem(problem: BilevelProblem, x: Tree, y: Tree, data: Any) -> Evalu
     parts = split_data(data)
 
     def upper(u: Tree, v: Tree) -> Tensor:
-        return scalar(problem.upper(u, v, parts.upper), "upper")
+        return upper_value(problem, u, v, parts.upper)
 
     def lower(u: Tree, v: Tree) -> Tensor:
         return lower_value(problem, u, v, parts.lower)

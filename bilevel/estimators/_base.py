@@ -95,7 +95,7 @@ class Estimator(ABC):
         """Whether y maximizes F over the lower solutions instead of minimizing it."""
         return False
 
-    def recalled(self, problem: BilevelProblem, x: Tree, y: Tree, data: Any) -> Estimate | None:
+    def precompiled(self, problem: BilevelProblem, x: Tree, y: Tree, data: Any) -> Estimate | None:
         """The estimate by a program that was compiled for such x and y before, or None where there is none."""
         return None
 
@@ -171,7 +171,7 @@ def hypergradient(
     check_kind("hypergradient(problem, ...)", problem, BilevelProblem, mend)
     mend = "Pass an estimator, e.g. `Implicit()`; a solver goes to `solve`."
     check_kind("hypergradient(method=...)", method, Estimator, mend)
-    known = method.recalled(problem, x, y, data)
+    known = method.precompiled(problem, x, y, data)
     if known is not None:
         return known
     check_problem(problem, x, y, data)

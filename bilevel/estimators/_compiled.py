@@ -52,7 +52,9 @@ def estimate(
         raise
 
 
-def recalled(fused: Fused, problem: BilevelProblem, x: Tree, y: Tree, data: Any) -> Estimate | None:
+def precompiled(
+    fused: Fused, problem: BilevelProblem, x: Tree, y: Tree, data: Any
+) -> Estimate | None:
     """The hypergradient by a program that was compiled before for such trees; None where there is none."""
     known = problem.programs.get((_tree.kind(x), _tree.kind(y)))
     program = known and known.get(fused)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bilevel._autodiff import func
-from bilevel._problem import BilevelProblem, lower_value
+from bilevel._problem import BilevelProblem, lower_value, upper_value
 from bilevel._solution import Evaluations, Status
 from bilevel.estimators._base import FALLEN, Estimate, linear_tolerance
 from bilevel.estimators._descent import Descent
@@ -21,11 +21,11 @@ from bilevel.linear import CG, Dense
 linalg: Any = torch.linalg  # its stubs are untyped
 #: The hypergradient, y, what the next one can start from, and measured numbers.
 Found = tuple[Tensor, Tensor, Tensor, Tensor]
-FIRST = (
-    3  # where among the numbers stands the length of the gradient of f that the solve began with
-)
+#: Where among the numbers stands the length of the gradient of f that the solve began with.
+FIRST = 3
 #: From x, y, what the last one left or None, and the data of F and of f.
 Program = Callable[[Tensor, Tensor, Tensor | None, Any, Any], Found]
+_Objective = Callable[[Tensor, Tensor], Tensor]
 
 
 class Fused(ABC):
@@ -62,27 +62,25 @@ class FusedImplicit(Fused):
         def found(
             x: Tensor, y: Tensor, v0: Tensor | None, upper_data: Any, lower_data: Any
         ) -> Found:
-            def lower(u: Tensor, w: Tensor) -> Tensor:
-                return lower_value(problem, u, w, lower_data)
+            upper, lower = _on(problem, upper_data, lower_data)
 
             def slope(u: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
                 return func.grad_and_value(lower, argnums=1)(u, w)
 
             gradient = func.grad(lower, argnums=1)
             g = gradient(x, y)
-            first = size(g)
+            first = _length(g)
             for t, rule in enumerate(self.steps.rules()):
                 g = gradient(x, y) if t else g
                 new = rule(y, g)
-                y = torch.where(size(g) > self.tol * first, new, y) if self.tol else new
+                y = torch.where(_length(g) > self.tol * first, new, y) if self.tol else new
             g, pull, f = func.vjp(slope, x, y, has_aux=True)
-            (upper_x, b), upper = func.grad_and_value(_upper(problem, upper_data), argnums=(0, 1))(
-                x, y
-            )
+            (upper_x, b), F = func.grad_and_value(upper, argnums=(0, 1))(x, y)
             v = _solved(pull, b, v0, self.linear)
             mixed, product = pull(v)
             grad = upper_x - mixed
-            parts = [upper, f, size(g), first, size(product - b), size(b), size(v), size(grad)]
+            lengths = [_length(part) for part in (product - b, b, v, grad)]
+            parts = [F, f, _length(g), first, *lengths]
             return grad, y, v, torch.stack([part.to(y.dtype) for part in parts])
 
         return found
@@ -142,9 +140,7 @@ class FusedUnrolled(Fused):
         def found(
             x: Tensor, y: Tensor, v0: Tensor | None, upper_data: Any, lower_data: Any
         ) -> Found:
-            def lower(u: Tensor, w: Tensor) -> Tensor:
-                return lower_value(problem, u, w, lower_data)
-
+            upper, lower = _on(problem, upper_data, lower_data)
             gradient = func.grad(lower, argnums=1)
             pulls: list[Callable[[Tensor], tuple[Tensor, Tensor]]] = []
             first = torch.zeros_like(y)
@@ -154,17 +150,15 @@ class FusedUnrolled(Fused):
                 else:
                     g, pull = func.vjp(gradient, x, y)
                     pulls.append(pull)
-                first = size(g) if t == 0 else first
+                first = _length(g) if t == 0 else first
                 y = y - self.lr * g
-            (grad, cotangent), upper = func.grad_and_value(
-                _upper(problem, upper_data), argnums=(0, 1)
-            )(x, y)
-            upper_y = size(cotangent)
+            (grad, cotangent), F = func.grad_and_value(upper, argnums=(0, 1))(x, y)
+            upper_y = _length(cotangent)
             for pull in reversed(pulls):  # the adjoint of one step
                 mixed, product = pull(cotangent)
                 grad, cotangent = grad - self.lr * mixed, cotangent - self.lr * product
             last, f = func.grad_and_value(lower, argnums=1)(x, y)
-            parts = [upper, f, size(last), first, size(cotangent), upper_y, size(grad)]
+            parts = [F, f, _length(last), first, _length(cotangent), upper_y, _length(grad)]
             return grad, y, cotangent, torch.stack([part.to(y.dtype) for part in parts])
 
         return found
@@ -197,11 +191,15 @@ class FusedUnrolled(Fused):
         )
 
 
-def _upper(problem: BilevelProblem, data: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda x, y: problem.upper(x, y, data).reshape(())
+def _on(problem: BilevelProblem, upper_data: Any, lower_data: Any) -> tuple[_Objective, _Objective]:
+    """F and f on their data."""
+    return (
+        lambda x, y: upper_value(problem, x, y, upper_data),
+        lambda x, y: lower_value(problem, x, y, lower_data),
+    )
 
 
-def size(vector: Tensor) -> Tensor:
+def _length(vector: Tensor) -> Tensor:
     """The Euclidean norm, whose derivative nobody asks for."""
     return torch.sqrt(torch.sum(vector * vector))
 

@@ -134,9 +134,9 @@ class Implicit(Estimator):
             )
         return FusedImplicit(descent("Implicit(minimizer=...)", self.minimizer), self.tol, linear)
 
-    def recalled(self, problem: BilevelProblem, x: Tree, y: Tree, data: Any) -> Estimate | None:
-        """See `Estimator.recalled`."""
-        return _compiled.recalled(self.fused, problem, x, y, data) if self.compile else None
+    def precompiled(self, problem: BilevelProblem, x: Tree, y: Tree, data: Any) -> Estimate | None:
+        """See `Estimator.precompiled`."""
+        return _compiled.precompiled(self.fused, problem, x, y, data) if self.compile else None
 
     def estimate(
         self,

@@ -117,9 +117,9 @@ class Unrolled(Estimator):
             )
         return FusedUnrolled(self.max_steps, self._constant_steps, self.lr)
 
-    def recalled(self, problem: BilevelProblem, x: Tree, y: Tree, data: Any) -> Estimate | None:
-        """See `Estimator.recalled`."""
-        return _compiled.recalled(self.fused, problem, x, y, data) if self.compile else None
+    def precompiled(self, problem: BilevelProblem, x: Tree, y: Tree, data: Any) -> Estimate | None:
+        """See `Estimator.precompiled`."""
+        return _compiled.precompiled(self.fused, problem, x, y, data) if self.compile else None
 
     def estimate(
         self,

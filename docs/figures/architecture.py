@@ -32,7 +32,7 @@ def _label(x: float, y: float, text: str) -> str:
     return f'<text x="{x}" y="{y}" text-anchor="middle">{text}</text>'
 
 
-def _heads() -> str:
+def _arrowheads() -> str:
     return "".join(
         f'<marker id="arrow-{name}" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="7" markerHeight="7" '
         f'orient="auto"><path d="M0 0L8 4L0 8z" fill="{color}" stroke="none"/></marker>'
@@ -45,7 +45,7 @@ def drawing(config: EchoIRConfig = PRESETS["paper"]) -> str:
     levels = len(config.blocks) - 1
     channels = [config.width * 2**level for level in range(levels + 1)]
     top = 28
-    parts = [_heads()]
+    parts = [_arrowheads()]
 
     def blocks(number: int) -> str:
         return f"{number} blocks"

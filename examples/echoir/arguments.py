@@ -211,7 +211,7 @@ def check(a: Arguments):
                 f"`--{name}` must be at least 0 and below 1. Got {getattr(a, name)}. Use 0 for none."
             )
     if not 0 <= a.alpha < math.inf:
-        raise ValueError(f"`--alpha` must be at least 0. Got {a.alpha}. Use e.g. 0.1.")
+        raise ValueError(f"`--alpha` must be finite and at least 0. Got {a.alpha}. Use e.g. 0.1.")
     if not 0 <= a.seed < 2**63:
         raise ValueError(f"`--seed` must be at least 0 and below 2^63. Got {a.seed}. Use e.g. 0.")
     if a.warmup < 0:

@@ -13,7 +13,7 @@ from torch import nn
 
 
 def can_grow(small: EchoIRConfig, large: EchoIRConfig) -> bool:
-    """Whether `large` is `small` with blocks added at the end of stages, and nothing else."""
+    """Whether `large` is `small`, or `small` with blocks added at the end of stages, and nothing else."""
     return (
         replace(small, blocks=large.blocks, heads=large.heads, final_blocks=large.final_blocks)
         == large

@@ -59,25 +59,24 @@ def new_network(a: Arguments, config: EchoIRConfig, device: torch.device) -> Ech
     """The network at its start: a function of the seed alone, or the weights of `--init`.
 
     Raises:
-        ValueError: if those are of another configuration.
+        ValueError: if those are of a configuration that more blocks do not make `config`.
     """
     torch.manual_seed(a.seed)
     if a.init is None:
         return EchoIR(config).to(device, memory_format=torch.channels_last)
     net, _ = load_weights(a.init, device)
-    if can_grow(net.config, config):
-        return grown(net, config).to(device, memory_format=torch.channels_last)
-    wanted, known = asdict(config), asdict(net.config)
-    if wanted != known:
+    if not can_grow(net.config, config):
+        wanted, known = asdict(config), asdict(net.config)
         fits = [name for name, preset in PRESETS.items() if preset == net.config]
         different = ", ".join(
             f"{k}={known[k]} instead of {wanted[k]}" for k in known if known[k] != wanted[k]
         )
         raise ValueError(
-            f"`--init` must hold weights of --preset {a.preset}. Got {a.init}, which has {different}. "
+            f"`--init` must hold weights of --preset {a.preset}, or of one with fewer blocks. "
+            f"Got {a.init}, which has {different}. "
             + (f"Use --preset {fits[0]}." if fits else "Name other weights.")
         )
-    return net.train()
+    return grown(net, config).to(device, memory_format=torch.channels_last)
 
 
 def restorer(a: Arguments, data: Split, net: EchoIR, device: torch.device):

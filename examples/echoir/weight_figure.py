@@ -6,12 +6,15 @@ import numpy as np
 import torch
 from comparison_figures import Comparison
 from echo_upsampler import Combine, EchoUpsampler, upsample_reference
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from model import EchoIR, pad
 from torch import Tensor
 
 AROUND = 6  # coarse pixels shown to each side of the chosen one
+# Text on the colors of the weights, in a group `on-color` that a page tells from the text on its own color.
+DARK, LIGHT = "#101010", "#f5f5f5"
 EVERYWHERE = 1e6  # a width at which a kernel is one for all neighbors
 
 
@@ -80,43 +83,54 @@ def draw_weights(
     row, column = pixel or strongest_edge(comparison.target)
     if not (0 <= row < size[0] and 0 <= column < size[1]):
         raise ValueError(f"`--pixel` must be within {tuple(size)}. Got {(row, column)}.")
-    side = net.config.unshuffle * 2**level  # photograph's pixels of a fine one
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    side = net.config.unshuffle * 2**level
+    axes = list(figure.subplots(1, 4))
+    draw_row(axes, call[level], comparison.target, side, (row, column))
+    axes[0].set_title(f"{comparison.name}: pixel and neighborhood", fontsize=9)
+    figure.suptitle(f"{method}: Echo-Upsampler to level {level}", fontsize=10)
+    return figure
+
+
+def draw_row(axes: list[Axes], call: Call, photograph: Tensor, side: int, pixel: tuple[int, int]):
+    """A photograph around a pixel, then the weights of each kernel and of both.
+
+    Args:
+        axes: four.
+        call: of the Echo-Upsampler.
+        photograph: (3, H, W) in [0, 1].
+        side: the photograph's pixels that a fine pixel of the Echo-Upsampler is wide.
+        pixel: row and column in the photograph.
+    """
+    row, column = pixel
     fine = row // side, column // side
     parent = fine[0] // 2, fine[1] // 2
-    figure = Figure(figsize=(11, 3.2), layout="constrained")
-    axes = figure.subplots(1, 4)
-
-    axes[0].imshow(comparison.target.permute(1, 2, 0).numpy())
+    axes[0].imshow(photograph.permute(1, 2, 0).numpy())
     reach = 2 * side * AROUND
-    axes[0].set_xlim(column - reach, column + reach)
-    axes[0].set_ylim(row + reach, row - reach)
-    radius = call[level].upsampler.radius
+    axes[0].set(xlim=(column - reach, column + reach), ylim=(row + reach, row - reach))
+    radius = call.upsampler.radius
     corner = [2 * side * (p - radius) - 0.5 for p in parent]
     width = 2 * side * (2 * radius + 1)
     frames = ((corner, width, "white"), ([side * p - 0.5 for p in fine], side, "red"))
     for (top, left), length, color in frames:
-        axes[0].add_patch(Rectangle((left, top), length, length, fill=False, color=color))
-    axes[0].set_title(f"{comparison.name}: pixel and neighborhood", fontsize=9)
+        frame = Rectangle((left, top), length, length, fill=False, color=color, linewidth=1.5)
+        axes[0].add_patch(frame)
 
-    top, left = (max(p - radius, 0) for p in parent)
-    near = slice(top, parent[0] + radius + 1), slice(left, parent[1] + radius + 1)
+    near = tuple(slice(max(p - radius, 0), p + radius + 1) for p in parent)
     kernels = {
-        "spatial kernel f": call[level].weights(fine, g=False)[near],
-        "range kernel g": call[level].weights(fine, f=False)[near],
-        f"weights W, {call[level].upsampler.combine}": call[level].weights(fine)[near],
+        "spatial kernel f": call.weights(fine, g=False)[near],
+        "range kernel g": call.weights(fine, f=False)[near],
+        f"weights W, {call.upsampler.combine}": call.weights(fine)[near],
     }
     highest = max(float(weights.max()) for weights in kernels.values())
     for axis, (title, weights) in zip(axes[1:], kernels.items(), strict=True):
         axis.imshow(weights.numpy(), cmap="viridis", vmin=0, vmax=highest)
         axis.set_title(title, fontsize=9)
         for (y, x), weight in np.ndenumerate(weights.numpy()):
-            color = "black" if weight > 0.6 * highest else "white"
-            axis.text(x, y, f"{weight:.3f}", color=color, ha="center")
+            color = DARK if weight > 0.6 * highest else LIGHT
+            axis.text(x, y, f"{weight:.3f}", color=color, ha="center", va="center", gid="on-color")
     for axis in axes:
-        axis.set_xticks([])
-        axis.set_yticks([])
-    figure.suptitle(f"{method}: Echo-Upsampler to level {level}", fontsize=10)
-    return figure
+        axis.set(xticks=[], yticks=[])
 
 
 def calls(net: EchoIR, image: Tensor) -> dict[int, Call]:

@@ -17,12 +17,8 @@ def test_begins_as_the_same_function_and_learns_in_every_new_block():
     torch.testing.assert_close(large(image), small(image))
     assert sum(p.numel() for p in large.parameters()) > sum(p.numel() for p in small.parameters())
     large(image).square().mean().backward()
-    for block in (
-        *large.encoders[0][1:],
-        *large.decoders[0][1:],
-        *large.middle[1:],
-        large.final[1],
-    ):
+    stages = large.encoders[0], large.decoders[0], large.middle, large.final
+    for block in (block for stage in stages for block in stage[1:]):
         assert block.attention.out.weight.grad.abs().max() > 0
         assert block.feedforward.narrow.weight.grad.abs().max() > 0
 

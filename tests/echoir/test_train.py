@@ -155,7 +155,7 @@ def test_training_goes_on_from_given_weights(finished, folder, tmp_path, capsys)
         command_line(command(folder, tmp_path, *options, "--init", start, "--preset", "small")[2:])
     assert left.value.code == 2
     message = " ".join(capsys.readouterr().err.split())
-    assert "`--init` must hold weights of --preset small." in message
+    assert "`--init` must hold weights of --preset small, or" in message
     assert "width=32 instead of 16" in message
     assert "Use --preset cpu." in message
 

@@ -13,7 +13,7 @@ for part in ("docs/figures", "docs/tutorials", "examples/echoir"):  # as in docs
     sys.path.append(str(ROOT / part))
 
 if not all(map(importlib.util.find_spec, ("matplotlib", "sklearn", "skimage", "tyro"))):
-    collect_ignore = ["test_figures.py"]  # they need the `docs` and the `example` extra
+    collect_ignore = ["test_drawings.py"]  # they need the `docs` and the `example` extra
 
 
 @pytest.fixture(scope="session")

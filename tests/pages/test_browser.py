@@ -78,7 +78,7 @@ def address(site: Path) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as driver:
-        # The sandbox refuses to run as root, which is who runs in a container.
+        # Chromium's sandbox does not start for root.
         running = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         yield running
         running.close()
