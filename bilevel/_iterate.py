@@ -94,7 +94,8 @@ def iterate(
         state = solver.init(problem, x0, y0, first, full_batch=batches is None)
         state = replace(state, origin=origin, evaluations=state.evaluations + checked)
         if state.status is Status.NONFINITE:
-            state = replace(state, message=f"{state.message}; {_blame(problem, x0, y0, first)}")
+            words = _blame(problem, x0, y0, first) or "not finite: a gradient"
+            state = replace(state, message=f"{state.message}; {words}")
         return _states(problem, solver, state, stream, is_resumed=False)
     if state.origin != origin:
         raise StructureError(
@@ -132,11 +133,11 @@ def check_batches(name: str, batches: Any) -> None:
 
 
 def _blame(problem: BilevelProblem, x: Tree, y: Tree, data: Any) -> str:
-    """Which of the variables and objectives is not finite at the start."""
+    """Which of the variables and objectives is not finite at the start; empty where all are."""
     oracle = Oracle(problem, data)
     parts = {"x0": x, "y0": y, "F(x0, y0)": oracle.upper(x, y), "f(x0, y0)": oracle.lower(x, y)}
     spoiled = [name for name, part in parts.items() if not _tree.is_finite(part)]
-    return f"not finite: {', '.join(spoiled) or 'a gradient'}"
+    return f"not finite: {', '.join(spoiled)}" if spoiled else ""
 
 
 def _states(
@@ -163,6 +164,11 @@ def _states(
             words = violated(problem, new.x, new.y, data)
             found = f"infeasible: {words}" if words else "infeasible"
             new = replace(new, message="; ".join(filter(None, (found, new.message))))
+        if (
+            new.status is Status.NONFINITE and state.step == 0
+        ):  # many solvers meet it in a step only
+            words = _blame(problem, state.x, state.y, data)
+            new = replace(new, message="; ".join(filter(None, (new.message, words))))
         state, is_resumed = replace(new, origin=state.origin), False
         yield state
         if state.status is not Status.RUNNING:

@@ -68,8 +68,8 @@ class Status(enum.Enum):
 
 _CURES = {
     Status.MAX_STEPS: "Raise `max_steps`, or pass more batches.",
-    Status.STALLED: "Use float64, loosen `rtol`, or smooth the objectives.",
-    Status.NONFINITE: "Start elsewhere, or keep x where F and f are defined by a `domain`.",
+    Status.STALLED: "Use float64, solve the lower problem closer, loosen `rtol`, or smooth the objectives.",
+    Status.NONFINITE: "Start elsewhere, keep x where F and f are defined by a `domain`, or look for NaN in the data.",
     Status.INFEASIBLE: "Loosen the constraints, or start where they hold; without any, raise `epsilon`.",
     Status.LOWER_UNBOUNDED: "Add a term to f that grows with |y|, or constrain y.",
     Status.UPPER_UNBOUNDED: "Bound x by a `domain`, or add a term to F that grows with |x|.",

@@ -28,7 +28,7 @@ linalg: Any = torch.linalg  # its stubs are untyped
 
 @dataclass(frozen=True)
 class Solutions:
-    """The answers of K problems; prints as a table.
+    """The answers of K problems; prints as a table, with ranges over the numbers that are finite.
 
     Attributes:
         x: The upper variables, each leaf with a leading axis of K.
@@ -57,7 +57,11 @@ class Solutions:
         rows = [(name, f"{names.count(name)} of {len(names)}") for name in dict.fromkeys(names)]
         for name in ("upper", "lower", "hypergradient", "steps"):
             part = getattr(self, name)
-            rows.append((name, f"{float(part.min()):.6g} to {float(part.max()):.6g}"))
+            part = part[torch.isfinite(part)]  # one failed problem hides no other
+            span = (
+                f"{float(part.min()):.6g} to {float(part.max()):.6g}" if len(part) else "not finite"
+            )
+            rows.append((name, span))
         return table([*rows, ("seconds", f"{self.seconds:.3g}")])
 
 

@@ -473,6 +473,18 @@ def test_error_inside_an_objective_names_the_shapes() -> None:
     ]
 
 
+def test_error_inside_an_objective_names_the_data() -> None:
+    problem = bl.BilevelProblem(
+        lambda x, y, data: (data @ y).sum(), lambda x, y, data: (y**2).sum()
+    )
+    with pytest.raises(RuntimeError) as caught:
+        bl.hypergradient(problem, X, Y, bl.Implicit(), torch.zeros(4, 7))
+    assert "data (4, 7)" in caught.value.__notes__[0]
+    with pytest.raises(TypeError) as caught:
+        bl.hypergradient(problem, X, Y, bl.Implicit(), {"a": X})
+    assert "data of kind dict" in caught.value.__notes__[0]
+
+
 NUMBERS: list[tuple[Any, dict[str, Any]]] = [
     (bl.ASBLO, {}),
     (bl.AmIGO, {}),

@@ -148,3 +148,16 @@ def test_solution_without_recoveries_does_not_speak_of_them() -> None:
     solution = bl.solve(infinite("upper"), bl.ASBLO(), X0, Y0, max_steps=200)
     assert solution.recoveries == 0
     assert "recoveries" not in str(solution)
+
+
+@pytest.mark.parametrize("solver", [bl.ASBLO(), bl.HypergradientDescent(bl.Implicit()), bl.F2SA()])
+@pytest.mark.parametrize(("level", "name"), [("upper", "F"), ("lower", "f")])
+def test_nan_in_the_data_is_said_of_its_level(solver: bl.Solver, level: str, name: str) -> None:
+    target = {"upper": torch.ones(2).double(), "lower": torch.ones(2).double()}
+    target[level][1] = math.nan
+    problem = bl.BilevelProblem(
+        lambda x, y, data: ((y - target["upper"]) ** 2).sum() + (x**2).sum(),
+        lambda x, y, data: ((y - x * target["lower"]) ** 2).sum(),
+    )
+    with pytest.raises(bl.NonFiniteError, match=rf"not finite: {name}\(x0, y0\)\. .*the data"):
+        bl.solve(problem, solver, X0, Y0, max_steps=3)

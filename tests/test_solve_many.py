@@ -135,6 +135,7 @@ def test_one_that_is_spoiled_stops_no_other() -> None:
     data["c"][2] = float("nan")
     found = bl.solve_many(problem, SOLVERS["CG"], *starts(), data, max_steps=7)
     assert found.status[2] is bl.Status.NONFINITE
+    assert "nan" not in str(found)
     assert int(found.steps[2]) == 0
     assert bool(torch.isfinite(found.x).all())
     rest = [0, 1, 3, 4]

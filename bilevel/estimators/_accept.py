@@ -68,9 +68,10 @@ def check_problem(problem: BilevelProblem, x: Tree, y: Tree, data: Any) -> Evalu
             if getattr(problem, name) is not None
         }
     except Exception as error:
+        given = "" if data is None else f", data {_described(data)}"
         error.add_note(
             "While calling the objectives of the BilevelProblem for the first time, "
-            f"with x0 {_tree.shapes(x)}, y0 {_tree.shapes(y)}."
+            f"with x0 {_tree.shapes(x)}, y0 {_tree.shapes(y)}{given}."
         )
         raise
     of_upper = [unused_in_upper, *(u for n, u in of_constraints.items() if n.startswith("upper"))]
@@ -118,6 +119,11 @@ def _total(problem: BilevelProblem, name: str, data: Any, x: Tree, y: Tree) -> T
 def _common(parts: list[list[int]]) -> list[int]:
     """What is in all of the lists."""
     return [i for i in parts[0] if all(i in part for part in parts)]
+
+
+def _described(data: Any) -> str:
+    """The kind of a step's data, and of a tensor the shape."""
+    return f"{tuple(data.shape)}" if isinstance(data, Tensor) else f"of kind {type(data).__name__}"
 
 
 def _check_domain(problem: BilevelProblem, x: Tree) -> None:
