@@ -29,7 +29,7 @@ def crop():
 def test_its_file_is_small_and_says_how_it_was_made():
     net, about = load_weights(DENOISER, CPU)
     assert DENOISER.stat().st_size < 5e6
-    assert sum(p.numel() for p in net.parameters()) == count(PRESETS["cpu"])["parameters"]
+    assert sum(p.numel() for p in net.parameters()) == count(PRESETS["cpu_deep"])["parameters"]
     assert (about["method"], about["task"], about["sigma"]) == ("asblo", "denoise", [5, 50])
     arguments = json.loads(DENOISER.with_name("arguments.json").read_text())
     log = DENOISER.with_name("metrics.jsonl").read_text()
@@ -39,7 +39,7 @@ def test_its_file_is_small_and_says_how_it_was_made():
 
 
 # Measured less 0.1 dB.
-@pytest.mark.parametrize(("sigma", "reached"), [(5, 38.6), (15, 32.9), (25, 30.6), (50, 27.8)])
+@pytest.mark.parametrize(("sigma", "reached"), [(5, 38.9), (15, 33.2), (25, 30.9), (50, 28.0)])
 def test_it_denoises_without_being_told_sigma(crop, sigma, reached):
     net, _ = load_weights(DENOISER, CPU)
     noisy = noise(crop, np.random.default_rng(0), sigma).astype(np.float32)
