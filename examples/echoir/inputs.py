@@ -63,7 +63,10 @@ def _find(text: str) -> Iterator[tuple[Path, Path]]:
         found = sorted(Path(match) for match in glob.glob(text, recursive=True))
         images = [match for match in found if match.suffix.lower() in SUFFIXES and match.is_file()]
         if not images:
-            raise ValueError(f"A pattern must match an image. Got {text}, which matches none.")
+            raise ValueError(
+                f"A pattern must match an image ({', '.join(sorted(SUFFIXES))}). Got {text}, which "
+                "matches none. Check the path, or convert the images."
+            )
         yield from ((image, image.relative_to(root)) for image in images)
     else:
         raise ValueError(f"An input must exist. Got {text}. Check the path.")

@@ -47,7 +47,7 @@ def load_weights(path: Path, device: torch.device) -> tuple[EchoIR, dict[str, An
     if not path.is_file():
         raise ValueError(
             f"The weights must be a file. Got {path}, which does not exist. Train first, with "
-            "`python examples/echoir/train.py`, or name the file by `--weights`."
+            "`python examples/echoir/train.py`, or name another file."
         )
     try:
         with safe_open(path, "pt") as file:

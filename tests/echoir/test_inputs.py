@@ -76,7 +76,7 @@ def test_another_s_input_is_not_replaced_either(tmp_path):
     [
         ([], "Got none. Name one"),
         (["absent.png"], "An input must exist. Got absent.png"),
-        (["*.nothing"], "matches none"),
+        (["*.nothing"], r"\.jpg.*Got \*\.nothing, which matches none\. Check the path"),
     ],
 )
 def test_nothing_is_meant(inputs, message, tmp_path):
