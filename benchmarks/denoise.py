@@ -18,12 +18,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
 import tyro
 from page import table
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "echoir"))
 
@@ -48,12 +50,15 @@ class Arguments:
         data: folder of clean photographs; those that come with packages and are held out, if none is given.
         sigmas: standard deviations of the noise, in units of 1 / 255.
         per_photograph: crops of one photograph at most.
+        jpeg: quality at which the noisy crops are saved as JPEG first, colors at half the resolution as most
+            JPEG files have them; not at all, if none is given.
     """
 
     weights: Path = DENOISER
     data: Path | None = None
     sigmas: tuple[float, ...] = (15.0, 25.0, 50.0)
     per_photograph: int = 2
+    jpeg: int | None = None
 
 
 def crops(a: Arguments) -> list[np.ndarray]:
@@ -125,13 +130,29 @@ def peers() -> dict[str, Denoiser]:
     return found
 
 
-def row(name: str, denoise: Denoiser, clean: list[np.ndarray], sigmas: tuple[float, ...]):
+def saved(image: np.ndarray, quality: int) -> np.ndarray:
+    """What a JPEG file keeps of an image."""
+    file = BytesIO()
+    Image.fromarray((image.clip(0, 1) * 255).round().astype(np.uint8)).save(
+        file, "JPEG", quality=quality, subsampling="4:2:0"
+    )
+    return np.asarray(Image.open(file), np.float32) / 255
+
+
+def row(
+    name: str,
+    denoise: Denoiser,
+    clean: list[np.ndarray],
+    sigmas: tuple[float, ...],
+    jpeg: int | None,
+) -> list[str]:
     """PSNR and SSIM by sigma, means over the crops, and the seconds a crop."""
     cells, started = [name], time.perf_counter()
     for sigma in sigmas:
         figures: list[tuple[float, float]] = []
         for number, crop in enumerate(clean):
             noisy = noise(crop, np.random.default_rng(number), sigma)
+            noisy = noisy if jpeg is None else saved(noisy, jpeg)
             restored = np.asarray(denoise(noisy, sigma / 255), np.float32)
             image, truth = map(channels_first, (restored, crop))
             rounded = round8(image) if name != "noisy" else image
@@ -149,7 +170,7 @@ def main(a: Arguments):
     methods |= echoir(a.weights)
     rows: list[list[str]] = []
     for name, denoise in methods.items():
-        rows.append(row(name, denoise, clean, a.sigmas))
+        rows.append(row(name, denoise, clean, a.sigmas, a.jpeg))
         print("  ".join(rows[-1]), flush=True)
     head = ["method", *(f"sigma {sigma:g}" for sigma in a.sigmas), "s a crop"]
     print(f"\n{len(clean)} crops\n\n{table(head, rows)}")

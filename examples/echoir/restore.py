@@ -39,7 +39,8 @@ class Arguments:
         inputs: image files, folders of them, or patterns with *, ? and **.
         output: folder for the restored images; made if it does not exist.
         weights: file written by train.py, or by export.py, which onnxruntime runs; those of a blind
-            denoiser, for noise of sigma 5 to 50, by default.
+            denoiser, for noise of sigma 5 to 50 that is independent from pixel to pixel, by default. JPEG
+            files that halve the resolution of colors are hardly improved.
         device: `cpu`, `cuda`, ...; the fastest there is, by default.
         amp: compute in bfloat16.
         tile: larger images are cut into tiles of this size; lower it if memory runs out.
