@@ -18,18 +18,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
 import tyro
 from page import table
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "echoir"))
 
 from ensemble import self_ensemble
+from jpeg import saved
 from noise import noise
 from photographs import bundled, load_image
 from scores import channels_first, psnr, round8, ssim
@@ -128,15 +127,6 @@ def peers() -> dict[str, Denoiser]:
         if name not in found:
             print(f"{name}: left out, for want of the package {package}")
     return found
-
-
-def saved(image: np.ndarray, quality: int) -> np.ndarray:
-    """What a JPEG file keeps of an image."""
-    file = BytesIO()
-    Image.fromarray((image.clip(0, 1) * 255).round().astype(np.uint8)).save(
-        file, "JPEG", quality=quality, subsampling="4:2:0"
-    )
-    return np.asarray(Image.open(file), np.float32) / 255
 
 
 def row(

@@ -44,6 +44,7 @@ class Arguments:
         task: what to undo; for other degradations give pairs by --data.
         sigma: noise of the denoising task, in units of 1 / 255; two numbers train a blind denoiser,
             for all between them.
+        jpeg: share of the patches that are saved as JPEG after they are degraded, as photographs often are.
         data: folder of clean images, or of pairs (subfolders input and target, or as GoPro, SIDD and
             RealBlur have them: see folders.py); the photographs that come with scikit-image and
             scikit-learn, if none is given.
@@ -94,6 +95,7 @@ class Arguments:
     config: Literal["paper", "small"] | None = None
     task: Task = "denoise"
     sigma: float | tuple[float, float] = 25.0
+    jpeg: float = 0.0
     data: Path | None = None
     output: Path = Path("runs/echoir")
     preset: Literal[tuple(PRESETS)] = "cpu"  # type: ignore[valid-type]
@@ -210,6 +212,10 @@ def check(a: Arguments):
             raise ValueError(
                 f"`--{name}` must be at least 0 and below 1. Got {getattr(a, name)}. Use 0 for none."
             )
+    if not 0 <= a.jpeg <= 1:
+        raise ValueError(
+            f"`--jpeg` must be a share, from 0 to 1. Got {a.jpeg}. Use e.g. 0.5, or leave it out."
+        )
     if not 0 <= a.alpha < math.inf:
         raise ValueError(f"`--alpha` must be finite and at least 0. Got {a.alpha}. Use e.g. 0.1.")
     if not 0 <= a.seed < 2**63:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from arguments import Arguments, Polynomial
 from degradations import degradation
+from jpeg import sometimes_saved
 from model import EchoIR
 from objectives import objectives
 from patches import PatchSampler
@@ -90,7 +91,7 @@ def training_runs(
     Raises:
         ValueError: if they cannot share a batch equally.
     """
-    degrade = degradation(a.task, a.sigma)
+    degrade = sometimes_saved(degradation(a.task, a.sigma), a.jpeg)
     stages = plan(a.stages, a.steps, patch=a.patch, batch=a.batch, lower_batch=a.lower_batch)
 
     for stage in stages.each:

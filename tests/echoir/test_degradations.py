@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from degradations import degradation, one_sigma
+from jpeg import saved, sometimes_saved
 from motion import REACH, convolve, linear_kernel, shake_kernel, trajectory
 from noise import blind_noise, noise
 from rain import Layer, compose
@@ -189,3 +190,26 @@ def test_rain_brightens_and_stays_in_range():
         assert rainy.min() >= 0.2
         assert rainy.max() <= 1
         assert rainy.mean() > 0.3
+
+
+def test_jpeg_files_halve_the_resolution_of_colors_and_so_blur_their_noise():
+    noisy = noise(gray(0.5), rng(), 25.0)
+    full, half = (saved(noisy, 95, subsampling) for subsampling in ("4:4:4", "4:2:0"))
+    assert np.abs(full - noisy).mean() < 0.02
+    # The mean of 2 x 2 independent pixels has half the deviation, and between such means the decoder interpolates by
+    # weights 3/4 and 1/4 along each axis: which keeps 5/8 of the variance.
+    red = [(image[..., 0] - image.mean(-1)).std() for image in (noisy, full, half)]
+    assert red[1] == pytest.approx(red[0], rel=0.05)
+    assert red[2] == pytest.approx(red[0] / 2 * 5 / 8, rel=0.1)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_a_share_of_the_patches_is_saved(share):
+    """What a file holds is whole numbers of 1 / 255."""
+    degrade = sometimes_saved(degradation("denoise", 25.0), share)
+    images = [degrade(gray(0.5, 16), rng(seed)) for seed in range(300)]
+    whole = np.mean(
+        [np.allclose(image * 255, (image * 255).round(), atol=1e-3) for image in images]
+    )
+    assert whole == pytest.approx(share, abs=0.09)  # three standard errors
+    assert all(image.dtype == np.float32 for image in images)
