@@ -106,7 +106,7 @@ def test_arguments_of_a_run_are_those_to_go_on_with(a, tmp_path_factory):
 
 @given(a=GOOD, position=st.integers(0, 10**6), bit=st.integers(0, 7))
 def test_flipped_bit_never_changes_the_arguments(a, position, bit, tmp_path_factory):
-    output = tmp_path_factory.getbasetemp() / "flipped"
+    output = tmp_path_factory.getbasetemp() / "flipped-arguments"
     start_anew(dataclasses.replace(a, output=output), ())
     again = Arguments(output=output, resume=True)
     known = settle(again)
