@@ -164,9 +164,8 @@ def _states(
             words = violated(problem, new.x, new.y, data)
             found = f"infeasible: {words}" if words else "infeasible"
             new = replace(new, message="; ".join(filter(None, (found, new.message))))
-        if (
-            new.status is Status.NONFINITE and state.step == 0
-        ):  # many solvers meet it in a step only
+        # Many solvers look at the numbers of the start in their first step only.
+        if new.status is Status.NONFINITE and state.step == 0:
             words = _blame(problem, state.x, state.y, data)
             new = replace(new, message="; ".join(filter(None, (new.message, words))))
         state, is_resumed = replace(new, origin=state.origin), False

@@ -15,9 +15,8 @@ from torch import nn
 def can_grow(small: EchoIRConfig, large: EchoIRConfig) -> bool:
     """Whether `large` is `small`, or `small` with blocks added at the end of stages, and nothing else."""
     return (
-        replace(small, blocks=large.blocks, heads=large.heads, final_blocks=large.final_blocks)
-        == large
-        and small.heads == large.heads
+        len(small.blocks) == len(large.blocks)
+        and replace(large, blocks=small.blocks, final_blocks=small.final_blocks) == small
         and all(a <= b for a, b in zip(small.blocks, large.blocks, strict=True))
         and small.final_blocks <= large.final_blocks
     )

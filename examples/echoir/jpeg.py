@@ -8,7 +8,7 @@ from numpy.random import Generator
 from PIL import Image
 
 QUALITIES = 75, 98  # of cameras, telephones and editors, about
-SUBSAMPLINGS = "4:2:0", "4:4:4"
+HALVED = 0.75  # share of the files whose colors have half the resolution
 
 
 def saved(image: np.ndarray, quality: int, subsampling: str = "4:2:0") -> np.ndarray:
@@ -20,16 +20,13 @@ def saved(image: np.ndarray, quality: int, subsampling: str = "4:2:0") -> np.nda
 
 
 def sometimes_saved(degrade: Degradation, share: float) -> Degradation:
-    """The degradation, followed by a JPEG file of any quality for a `share` of the images.
-
-    Three in four of those halve the resolution of colors.
-    """
+    """The degradation, followed by a JPEG file of any quality for a `share` of the images."""
 
     def degraded(clean: np.ndarray, rng: Generator) -> np.ndarray:
         image = degrade(clean, rng)
         if rng.random() >= share:
             return image
         quality = int(rng.integers(QUALITIES[0], QUALITIES[1] + 1))
-        return saved(image, quality, SUBSAMPLINGS[int(rng.random() >= 0.75)])
+        return saved(image, quality, "4:2:0" if rng.random() < HALVED else "4:4:4")
 
     return degraded if share else degrade
