@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from bilevel import _tree
+from bilevel._errors import check_number
 from bilevel._probe import Probe
 from bilevel._problem import CONSTRAINTS, BilevelProblem, ravel
 from bilevel._solution import table
 from bilevel._types import Tree
 from bilevel.estimators import Implicit, ImplicitKKT, check_problem
+from bilevel.estimators._base import LINEAR_SOLVED
 from bilevel.estimators._stationarity import DENSE
 from bilevel.linear import CG, Dense
 from bilevel.solvers import ASBLO, HypergradientDescent, Solver
@@ -38,7 +40,9 @@ class Recommendation:
         return table(rows)
 
 
-def recommend(problem: BilevelProblem, x: Tree, y: Tree, data: Any = None) -> Recommendation:
+def recommend(
+    problem: BilevelProblem, x: Tree, y: Tree, data: Any = None, *, rtol: float | None = None
+) -> Recommendation:
     """Name the solver that fits a problem, after probing it at (x, y).
 
     Probed are the sizes, the constraints, whether f can be differentiated twice, whether it has a kink at the lower
@@ -50,11 +54,15 @@ def recommend(problem: BilevelProblem, x: Tree, y: Tree, data: Any = None) -> Re
         x: Upper variable at which to probe.
         y: Where the lower solve starts.
         data: A `Batch`, or what both objectives get as their third argument.
+        rtol: Relative error of a hypergradient that is good enough, > 0, e.g. 1e-3 for a loop of your own: the lower
+            problem is then solved to a tenth of it. None for as well as the numbers allow, as the line searches of
+            `solve` and its certificate want it.
 
     Returns:
         The recommendation.
 
     Raises:
+        ValueError: `rtol` is out of its range.
         StructureError: `x` or `y` is no tree of floating tensors.
         ObjectiveError: An objective returns no scalar, or x or y is used by no objective.
 
@@ -68,6 +76,8 @@ def recommend(problem: BilevelProblem, x: Tree, y: Tree, data: Any = None) -> Re
         >>> type(found.method).__name__, [name for name, _ in found.refused]
         ('ASBLO', ['Implicit', 'Unrolled'])
     """
+    if rtol is not None:
+        check_number("recommend", "rtol", rtol, "Use e.g. 1e-3, or leave it out.")
     check_problem(problem, x, y, data)
     flat, (u, v), _, _ = ravel(problem, _tree.detach(x), _tree.detach(y))
     probe = Probe(flat, u, v, data)
@@ -101,7 +111,7 @@ def recommend(problem: BilevelProblem, x: Tree, y: Tree, data: Any = None) -> Re
         refused += [(name, f"it would ignore {of_lower[0]}") for name in ("Implicit", "Unrolled")]
         implicit = HypergradientDescent(ImplicitKKT())
     else:
-        implicit = HypergradientDescent(Implicit(Dense() if v.numel() <= DENSE else CG()))
+        implicit = HypergradientDescent(_implicit(v.numel(), rtol))
     if implicit is not None and len(kinds) > len(of_lower):
         refused.append(
             (
@@ -121,6 +131,12 @@ def recommend(problem: BilevelProblem, x: Tree, y: Tree, data: Any = None) -> Re
         refused.append(("ASBLO on batches", reason))
     reasons.append("the value function needs first derivatives only, and no unique lower solution")
     return Recommendation(ASBLO(), tuple(reasons), tuple(refused))
+
+
+def _implicit(n: int, rtol: float | None) -> Implicit:
+    """The implicit hypergradient for n lower variables; the linear system is solved as well as its status wants."""
+    solver = Dense() if n <= DENSE else CG() if rtol is None else CG(rtol=min(rtol, LINEAR_SOLVED))
+    return Implicit(solver) if rtol is None else Implicit(solver, tol=0.1 * rtol)
 
 
 def _name(solver: Solver) -> str:

@@ -59,6 +59,7 @@ METHODS = {
     "AdamW": bl.Implicit(Dense(), steps(torch.optim.AdamW, betas=(0.8, 0.9))),
     "schedule": bl.Implicit(Dense(), steps(lr=bl.schedules.geometric(0.1, 0.9))),
     "to a tolerance": bl.Implicit(Dense(), steps(lr=0.2, max_steps=40), tol=1e-2),
+    "Newton, Dense": bl.Implicit(Dense(), bl.optim.Newton(max_steps=3)),
     "Unrolled": bl.Unrolled(STEPS, lr=0.1),
     "Unrolled(truncate)": bl.Unrolled(STEPS, lr=0.1, truncate=5),
 }
@@ -210,13 +211,55 @@ def test_evaluations_are_counted() -> None:
     assert implicit.evaluations == bl.Evaluations(1, STEPS + 1, 1, STEPS + 1, 8 + 2)
     unrolled = bl.Unrolled(STEPS, lr=0.1, truncate=5, compile=True).estimate(problem, x, y)
     assert unrolled.evaluations == bl.Evaluations(1, STEPS + 1, 1, STEPS + 1, 2 * 5)
+    newton = bl.Implicit(Dense(), bl.optim.Newton(max_steps=2), compile=True)
+    counted["lower"] = 0
+    estimate = newton.estimate(problem, x, y)
+    # The first length, then a gradient and twelve lengths of each step, and the system; maps call once for all.
+    assert estimate.evaluations == bl.Evaluations(1, 2 * 13 + 1, 1, 2 + 2, 2 * 40 + 40 + 2)
+    assert counted["lower"] == 1 + 2 * 2 + 1
+
+
+def lower_solution(lower: Any, y: Tensor, steps: int) -> bl.Estimate:
+    """By `steps` Newton steps from y, as one program of x = 1."""
+    problem = bl.BilevelProblem(
+        lambda x, y, _: (x * y).sum(), lambda x, y, _: lower(y) + 0.0 * x.sum()
+    )
+    method = bl.Implicit(Dense(), bl.optim.Newton(max_steps=steps), tol=1e-9, compile=True)
+    return method.estimate(problem, torch.ones_like(y), y)
+
+
+@pytest.mark.usefixtures("untraced")
+def test_newton_is_shortened_where_the_whole_step_would_diverge() -> None:
+    """On sqrt(1 + y^2) whole steps go to -y^3."""
+    y = torch.tensor([2.0, -3.0], dtype=torch.float64)
+    found = lower_solution(lambda y: torch.sqrt(1.0 + y**2).sum(), y, 12)
+    assert found.status is bl.Status.CONVERGED
+    torch.testing.assert_close(found.y, torch.zeros_like(y), rtol=0.0, atol=1e-8)
+
+
+@pytest.mark.usefixtures("untraced")
+def test_newton_leaves_a_hill_downwards() -> None:
+    y = torch.tensor([0.1, 2.0], dtype=torch.float64)
+    found = lower_solution(lambda y: 0.25 * ((y**2 - 1.0) ** 2).sum(), y, 12)
+    assert found.status is bl.Status.CONVERGED
+    torch.testing.assert_close(found.y, torch.ones_like(y))
+
+
+@pytest.mark.usefixtures("untraced")
+def test_too_few_newton_steps_are_said() -> None:
+    y = torch.full((2,), 1.5, dtype=torch.float64)
+    found = lower_solution(lambda y: (y**4).sum(), y, 2)
+    assert found.status is bl.Status.LOWER_UNSOLVED
 
 
 @pytest.mark.parametrize(
     ("make", "match"),
     [
         (lambda: bl.Implicit(compile=True), r"linear=.*fixed number.*CG\(max_steps=10\)"),
-        (lambda: bl.Implicit(Dense(), compile=True), r"minimizer=.*Newton.*Torch\(torch.optim.SGD"),
+        (
+            lambda: bl.Implicit(Dense(), compile=True),
+            r"minimizer=.*max_steps=100.*Newton\(max_steps=8\)",
+        ),
         (lambda: bl.Implicit(bl.linear.MINRES(), steps(), compile=True), "linear=.*MINRES"),
         (lambda: bl.Implicit(Dense(), steps(torch.optim.RMSprop), compile=True), "RMSprop"),
         (lambda: bl.Implicit(Dense(), steps(maximize=True), compile=True), "maximize.*Leave"),

@@ -204,3 +204,25 @@ def steep(x: Tensor, y: Tensor, data: object) -> Tensor:
 def test_smooth_minimum_is_no_kink(lower: Any) -> None:
     found = bl.recommend(bl.BilevelProblem(upper, lower), vector(0.3), vector(0.5))
     assert found.method == bl.HypergradientDescent(bl.Implicit(bl.linear.Dense()))
+
+
+def test_recommendation_for_a_tolerance_solves_no_more_than_it_must() -> None:
+    case = problems.quadratic(4, 300)
+    exact, rough = (
+        bl.recommend(case.problem, case.x0, case.y0, rtol=rtol).method for rtol in (None, 1e-3)
+    )
+    assert isinstance(exact, bl.HypergradientDescent)
+    assert isinstance(rough, bl.HypergradientDescent)
+    truth = bl.hypergradient(case.problem, case.x0, case.y0, exact.estimator)
+    found = bl.hypergradient(case.problem, case.x0, case.y0, rough.estimator)
+    assert found.status is bl.Status.CONVERGED
+    torch.testing.assert_close(
+        found.grad, truth.grad, rtol=1e-3, atol=1e-3 * float(truth.grad.norm())
+    )
+    assert found.evaluations.hvp < truth.evaluations.hvp
+
+
+def test_tolerance_of_a_recommendation_must_be_positive() -> None:
+    case = problems.quadratic()
+    with pytest.raises(ValueError, match=r"recommend\(rtol=.*> 0.*Got rtol=0"):
+        bl.recommend(case.problem, case.x0, case.y0, rtol=0.0)

@@ -103,6 +103,15 @@ def test_each_converges_to_its_closed_form_at_its_own_step() -> None:
     assert "CONVERGED" in str(found)
 
 
+def test_newton_steps_solve_the_lower_levels_of_all_at_once() -> None:
+    problem, data = quadratics()
+    estimator = bl.Implicit(Dense(), bl.optim.Newton(max_steps=2))
+    solver = bl.HypergradientDescent(estimator, upper_optimizer=sgd(0.05, momentum=0.8), rtol=1e-8)
+    found = bl.solve_many(problem, solver, *starts(), data, max_steps=1000)
+    assert set(found.status) == {bl.Status.CONVERGED}
+    torch.testing.assert_close(found.x, optimum(data), rtol=1e-6, atol=1e-6)
+
+
 def test_ridge_penalties_of_many_data_sets() -> None:
     """One l2 penalty a data set, against the loop of single solves; y is in closed form at every x."""
     generator = torch.Generator().manual_seed(2)

@@ -18,6 +18,7 @@ from speed.race import (
     Result,
     Rules,
     Run,
+    cold,
     race,
     rows,
     tuned,
@@ -26,6 +27,7 @@ from speed.work import Answer, Hypergradient, Work, relative_error
 
 # Lower steps that are tried, a fifth more each time: the first number that is enough is timed.
 CANDIDATES = [round(8 * 1.2**k) for k in range(28)]  # to 1,099
+SMALL = 256  # lower variables up to which a program of Newton steps is worth its Hessians
 CG, UNROLLED, NEUMANN = "momentum + CG", "momentum, unrolled", "momentum + Neumann"
 
 
@@ -56,7 +58,15 @@ def contenders(work: Work, truth: Tensor, tolerance: float) -> list[Contender]:
 
     rtol = 0.1 * tolerance  # of the linear system, and of Newton's method
     inexact = bl.Implicit(bl.linear.CG(rtol=rtol), tol=rtol)
-    exact = recommended(work)
+    picked = recommended(work, tolerance)
+    newton = bl.Implicit(
+        bl.linear.Dense(), bl.optim.Newton(max_steps=work.newton_steps or 1), compile=True
+    )
+    in_one_graph = Contender(
+        OURS,
+        f"{work.newton_steps} Newton + Dense, compile=True",
+        prepared(lambda _: ours.compiled(work, newton), [0]),
+    )
     return [
         Contender(FLOOR, CG, steps(lambda n: by_hand.implicit(work, n, rtol, products))),
         Contender(FLOOR, UNROLLED, steps(lambda n: by_hand.unrolled(work, n))),
@@ -66,7 +76,8 @@ def contenders(work: Work, truth: Tensor, tolerance: float) -> list[Contender]:
             steps(lambda n: ours.hypergradient(work, ours.implicit(work, n, rtol, products))),
         ),
         Contender(OURS, "Newton + CG, to the tolerance", once(inexact)),
-        Contender(OURS, f"{_name(exact)}, as recommended", once(exact)),
+        Contender(OURS, f"{_name(picked)}, as recommended", once(picked)),
+        *([in_one_graph] if work.newton_steps else []),
         Contender(
             "TorchOpt", CG, steps(lambda n: peer("TorchOpt", "implicit", work, n, rtol, products))
         ),
@@ -81,18 +92,19 @@ def contenders(work: Work, truth: Tensor, tolerance: float) -> list[Contender]:
 
 
 def table(about: str, work: Work, truth: Tensor, tolerance: float, rules: Rules) -> str:
-    """All contenders for one hypergradient, with the relative error of each."""
+    """All contenders for one hypergradient, with the relative error of each and what compiling took."""
 
-    def error(_: Result, answer: Answer) -> list[str]:
-        return [f"{relative_error(answer.value, truth):.0e}"]
+    def extra(_: Result, answer: Answer) -> list[str]:
+        return [f"{relative_error(answer.value, truth):.0e}", cold(answer)]
 
     results = race(contenders(work, truth, tolerance), rules)
-    return f"{about}, relative error at most {tolerance:.0e}\n\n{rows(results, error, ('error',))}"
+    columns = "error", "s to compile"
+    return f"{about}, relative error at most {tolerance:.0e}\n\n{rows(results, extra, columns)}"
 
 
-def recommended(work: Work) -> bl.Estimator:
-    """The estimator of the solver that `recommend` picks."""
-    method = bl.recommend(work.problem, work.x, work.start).method
+def recommended(work: Work, rtol: float) -> bl.Estimator:
+    """The estimator of the solver that `recommend` picks for a hypergradient that is to be so exact."""
+    method = bl.recommend(work.problem, work.x, work.start, rtol=rtol).method
     if not isinstance(method, bl.HypergradientDescent):
         raise TypeError(f"a strongly convex problem was to be given a descent. Got {method}.")
     return method.estimator

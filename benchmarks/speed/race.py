@@ -209,6 +209,11 @@ def mebibytes(result: Result) -> str:
     return f"{live.peak / 2**20:.0f}"
 
 
+def cold(answer: Answer) -> str:
+    """The seconds of a first call that compiled."""
+    return "" if answer.cold is None else f"{answer.cold:.0f}"
+
+
 def milliseconds(seconds: float) -> str:
     """Three digits, or those before the point."""
     ms = 1e3 * seconds

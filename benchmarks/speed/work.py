@@ -24,6 +24,7 @@ class Work:
         y: where the lower variable starts, one tensor or more.
         lr: of gradient descent on y.
         momentum: of gradient descent on y.
+        newton_steps: that solve the lower problem to a thousandth, or 0 where it is too large to form its Hessian.
     """
 
     upper: Callable[..., Tensor]
@@ -32,6 +33,7 @@ class Work:
     y: Lower
     lr: float
     momentum: float = 0.0
+    newton_steps: int = 0
 
     @property
     def problem(self) -> bl.BilevelProblem:
@@ -59,12 +61,14 @@ class Answer:
         y: the lower variable at the end.
         gradients: backward passes through F and f.
         hvps: products with second derivatives of f.
+        cold: seconds of the first call, where that compiled.
     """
 
     value: Tensor
     y: Lower = ()
     gradients: int | None = None
     hvps: int | None = None
+    cold: float | None = None
 
 
 Hypergradient = Callable[[Tensor, Lower], Answer]

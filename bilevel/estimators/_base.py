@@ -22,7 +22,7 @@ from bilevel._solution import Evaluations, Status
 from bilevel._types import Tree
 from bilevel.estimators._accept import check_problem, refuse_constraints
 
-_LINEAR_SOLVED = 1e-6  # relative residual up to which a linear system counts as solved, in float64
+LINEAR_SOLVED = 1e-6  # relative residual up to which a linear system counts as solved, in float64
 FALLEN = (
     1e-2  # what may be left of the first gradient of f where the lower problem counts as solved
 )
@@ -30,7 +30,7 @@ FALLEN = (
 
 def linear_tolerance(dtype: torch.dtype) -> float:
     """The relative residual up to which the linear system of an implicit hypergradient counts as solved."""
-    return max(_LINEAR_SOLVED, 100.0 * torch.finfo(dtype).eps)
+    return max(LINEAR_SOLVED, 100.0 * torch.finfo(dtype).eps)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel._autodiff import func
+from bilevel.estimators._fixed_steps import FixedSteps, length
 from bilevel.optim import Torch
 
 _OPTIONS: dict[Any, dict[str, Any]] = {
@@ -20,7 +22,7 @@ Rule = Callable[[Tensor, Tensor], Tensor]  # the next variable, from the variabl
 
 
 @dataclass(frozen=True)
-class Descent:
+class Descent(FixedSteps):
     """The steps of `bilevel.optim.Torch`, written out.
 
     Attributes:
@@ -39,6 +41,23 @@ class Descent:
         """The rule of each step; they share the optimizer's memory and are to be used in order."""
         make = _sgd if self.optimizer is torch.optim.SGD else _adam
         yield from make(self, dict(self.options))
+
+    def minimized(
+        self, fun: Callable[[Tensor], Tensor], y: Tensor, tol: float
+    ) -> tuple[Tensor, Tensor]:
+        """See `FixedSteps.minimized`."""
+        gradient = func.grad(fun)
+        g = gradient(y)
+        first = length(g)
+        for t, rule in enumerate(self.rules()):
+            g = gradient(y) if t else g
+            new = rule(y, g)
+            y = torch.where(length(g) > tol * first, new, y) if tol else new
+        return y, first
+
+    def cost(self, n: int) -> tuple[int, int, int]:
+        """See `FixedSteps.cost`."""
+        return len(self.rates), len(self.rates), 0
 
     def shortened(self, grad: Tensor) -> Tensor:
         """The gradient, shape (n,) or (K, n), no longer than `max_norm`."""
@@ -60,8 +79,7 @@ def descent(where: str, minimizer: object) -> Descent:
     )
     mend = "Pass e.g. `bilevel.optim.Torch(torch.optim.SGD, lr=0.1, max_steps=20)`."
     if not isinstance(minimizer, Torch):
-        got = "none, which is `Newton()`" if minimizer is None else type(minimizer).__name__
-        raise ValueError(f"{rule} Got {got}. {mend}")
+        raise ValueError(f"{rule} Got {type(minimizer).__name__}. {mend}")
     known = _OPTIONS.get(minimizer.optimizer)
     if known is None:
         got = getattr(minimizer.optimizer, "__name__", repr(minimizer.optimizer))

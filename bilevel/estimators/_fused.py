@@ -15,7 +15,7 @@ from bilevel._autodiff import func
 from bilevel._problem import BilevelProblem, lower_value, upper_value
 from bilevel._solution import Evaluations, Status
 from bilevel.estimators._base import FALLEN, Estimate, linear_tolerance
-from bilevel.estimators._descent import Descent
+from bilevel.estimators._fixed_steps import FixedSteps, length
 from bilevel.linear import CG, Dense
 
 linalg: Any = torch.linalg  # its stubs are untyped
@@ -52,7 +52,7 @@ class FusedImplicit(Fused):
         linear: Solves the linear system.
     """
 
-    steps: Descent
+    steps: FixedSteps
     tol: float
     linear: CG | Dense
 
@@ -67,20 +67,14 @@ class FusedImplicit(Fused):
             def slope(u: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
                 return func.grad_and_value(lower, argnums=1)(u, w)
 
-            gradient = func.grad(lower, argnums=1)
-            g = gradient(x, y)
-            first = _length(g)
-            for t, rule in enumerate(self.steps.rules()):
-                g = gradient(x, y) if t else g
-                new = rule(y, g)
-                y = torch.where(_length(g) > self.tol * first, new, y) if self.tol else new
+            y, first = self.steps.minimized(lambda w: lower(x, w), y, self.tol)
             g, pull, f = func.vjp(slope, x, y, has_aux=True)
             (upper_x, b), F = func.grad_and_value(upper, argnums=(0, 1))(x, y)
             v = _solved(pull, b, v0, self.linear)
             mixed, product = pull(v)
             grad = upper_x - mixed
-            lengths = [_length(part) for part in (product - b, b, v, grad)]
-            parts = [F, f, _length(g), first, *lengths]
+            lengths = [length(part) for part in (product - b, b, v, grad)]
+            parts = [F, f, length(g), first, *lengths]
             return grad, y, v, torch.stack([part.to(y.dtype) for part in parts])
 
         return found
@@ -90,7 +84,7 @@ class FusedImplicit(Fused):
     ) -> Estimate:
         """See `Fused.estimate`."""
         grad, y, v, _ = found
-        upper, lower, lower_residual, first, linear_residual, upper_y, length, _ = numbers
+        upper, lower, lower_residual, first, linear_residual, upper_y, adjoint, _ = numbers
         scale = max(first, float((memory or {}).get("scale", 0.0)))
         residual = linear_residual / (upper_y or 1.0)
         status = Status.CONVERGED
@@ -102,7 +96,7 @@ class FusedImplicit(Fused):
             status = Status.LINEAR_UNSOLVED
         n, linear = y.numel(), self.linear
         products = n if isinstance(linear, Dense) else _products(linear, n) + is_warm
-        taken = len(self.steps.rates) + 1
+        values, gradients, hvps = self.steps.cost(n)
         return Estimate(
             grad=grad,
             y=y,
@@ -114,9 +108,9 @@ class FusedImplicit(Fused):
                 "lower_residual": lower_residual,
                 "linear_residual": residual,
             },
-            noise=torch.finfo(y.dtype).eps * abs(upper) + length * lower_residual,
+            noise=torch.finfo(y.dtype).eps * abs(upper) + adjoint * lower_residual,
             memory={"v": v, "scale": scale},
-            evaluations=Evaluations(1, taken, 1, taken, products + 2),
+            evaluations=Evaluations(1, values + 1, 1, gradients + 1, hvps + products + 2),
         )
 
 
@@ -150,15 +144,15 @@ class FusedUnrolled(Fused):
                 else:
                     g, pull = func.vjp(gradient, x, y)
                     pulls.append(pull)
-                first = _length(g) if t == 0 else first
+                first = length(g) if t == 0 else first
                 y = y - self.lr * g
             (grad, cotangent), F = func.grad_and_value(upper, argnums=(0, 1))(x, y)
-            upper_y = _length(cotangent)
+            upper_y = length(cotangent)
             for pull in reversed(pulls):  # the adjoint of one step
                 mixed, product = pull(cotangent)
                 grad, cotangent = grad - self.lr * mixed, cotangent - self.lr * product
             last, f = func.grad_and_value(lower, argnums=1)(x, y)
-            parts = [F, f, _length(last), first, _length(cotangent), upper_y, _length(grad)]
+            parts = [F, f, length(last), first, length(cotangent), upper_y, length(grad)]
             return grad, y, cotangent, torch.stack([part.to(y.dtype) for part in parts])
 
         return found
@@ -197,11 +191,6 @@ def _on(problem: BilevelProblem, upper_data: Any, lower_data: Any) -> tuple[_Obj
         lambda x, y: upper_value(problem, x, y, upper_data),
         lambda x, y: lower_value(problem, x, y, lower_data),
     )
-
-
-def _length(vector: Tensor) -> Tensor:
-    """The Euclidean norm, whose derivative nobody asks for."""
-    return torch.sqrt(torch.sum(vector * vector))
 
 
 def _solved(

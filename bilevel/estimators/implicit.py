@@ -24,6 +24,7 @@ from bilevel.estimators._descent import descent
 from bilevel.estimators._fixed_point import at_fixed_point
 from bilevel.estimators._fused import FusedImplicit
 from bilevel.estimators._lower import LowerObjective
+from bilevel.estimators._newton_steps import newton_steps
 from bilevel.fixed_points import FixedPoint
 from bilevel.linear import CG, GMRES, Dense, LinearSolver
 from bilevel.linear._base import Product
@@ -59,9 +60,10 @@ class Implicit(Estimator):
             count. Not with a `condition`.
         compile: Whether `torch.compile` makes one graph of the lower steps, the linear system and the hypergradient:
             the same numbers many times faster where the problem is small, for half a minute at the first call. It
-            takes a fixed number of steps, which end early in their effect and not in time: `minimizer` must be a
-            `Torch` of SGD, Adam or AdamW, and `linear` `CG(max_steps=...)` or `Dense()`. What is compiled is kept
-            with the problem, so make that once, and give what changes as data.
+            takes a fixed number of steps, which end early in their effect and not in time: `minimizer` must be
+            `Newton(max_steps=...)`, whose every step forms the Hessian, or a `Torch` of SGD, Adam or AdamW, and
+            `linear` `CG(max_steps=...)` or `Dense()`. What is compiled is kept with the problem, so make that once,
+            and give what changes as data.
 
     Raises:
         ValueError: `tol` is negative, a `minimizer` is given beside a `condition`, or `compile` beside a part that
@@ -132,7 +134,10 @@ class Implicit(Estimator):
                 f"`compile=True` and `solve_many` need it. Got {linear}. Pass e.g. `linear.CG(max_steps=10)` or "
                 "`linear.Dense()`."
             )
-        return FusedImplicit(descent("Implicit(minimizer=...)", self.minimizer), self.tol, linear)
+        where, minimizer = "Implicit(minimizer=...)", self.minimizer or Newton()
+        if isinstance(minimizer, Newton):
+            return FusedImplicit(newton_steps(where, minimizer), self.tol, linear)
+        return FusedImplicit(descent(where, minimizer), self.tol, linear)
 
     def precompiled(self, problem: BilevelProblem, x: Tree, y: Tree, data: Any) -> Estimate | None:
         """See `Estimator.precompiled`."""

@@ -18,6 +18,7 @@ from bilevel.optim._base import Minimizer, Minimum, Point, SmoothFunction
 linalg: Any = torch.linalg  # its stubs are untyped
 _SUFFICIENT_DECREASE = 1e-4  # Armijo's constant
 _HALVINGS = 40  # 2^-40 of a Newton step is no step
+_FORCING = 0.1  # how exactly a step far from the minimum is solved for, relative to the gradient
 _REUSE = 0.2  # keep an old Hessian while each step reduces the gradient at least fivefold
 _UNBOUNDED = 1e10  # growth of |y| at which a minimum is not believed to exist
 
@@ -29,8 +30,9 @@ class Newton(Minimizer):
     Up to `dense_limit` variables the step solves $H d = -\nabla f$ by Cholesky, or with
     the absolute eigenvalues of H where H is indefinite, and H is measured again only when the
     gradient no longer shrinks fivefold a step. Above it, conjugate gradients solve for the step with
-    Hessian-vector products and stop at negative curvature. A step is no longer than
-    $\sqrt n \max(1, \mathrm{rms}(y))$, so that a nearly singular Hessian cannot throw y out of its basin.
+    Hessian-vector products, the more exactly the more the last step has gained, and stop at negative curvature. A
+    step is no longer than $\sqrt n \max(1, \mathrm{rms}(y))$, so that a nearly singular Hessian cannot throw y out
+    of its basin.
 
     Attributes:
         max_steps: Steps at most, > 0.
@@ -41,7 +43,9 @@ class Newton(Minimizer):
         ValueError: A parameter is out of its range.
 
     References:
-        Nocedal and Wright, Numerical Optimization (2006), algorithms 3.2 and 7.1.
+        Nocedal and Wright, Numerical Optimization (2006), algorithms 3.2 and 7.1; Eisenstat and Walker,
+        Choosing the forcing terms in an inexact Newton method (SIAM J. Sci. Comput. 17, 1996), Eq. 2.6 with
+        gamma = 0.9 and alpha = 2.
     """
 
     max_steps: int = 100
@@ -71,7 +75,8 @@ class Newton(Minimizer):
         is_convex = (
             fun.has_hessian
         )  # whether the last Hessian was positive definite; one from before was
-        residual = first = _tree.length(point.grad)
+        residual = _tree.length(point.grad)
+        forcing = _FORCING
         for step in range(self.max_steps):
             if not math.isfinite(residual):
                 return Minimum(point, residual, Status.NONFINITE, step)
@@ -82,10 +87,8 @@ class Newton(Minimizer):
                 if lower is None:
                     return Minimum(point, residual, Status.CONVERGED, step)
                 point, residual, is_convex = lower, _tree.length(lower.grad), True
-                first = max(first, residual)
                 continue
             fresh = dense and (stale or not fun.has_hessian)
-            forcing = min(0.1, math.sqrt(residual / first))
             if dense:
                 hessian = fun.hessian(point, refresh=fresh)
                 if not _tree.is_finite(hessian):
@@ -93,7 +96,8 @@ class Newton(Minimizer):
                 direction, is_convex = _dense_direction(hessian, point.grad)
             else:
                 hvp = fun.hvp(point)
-                direction = _cg_direction(hvp, point.grad, forcing * residual, self.cg_steps)
+                target = max(forcing * residual, 0.5 * tol)
+                direction = _cg_direction(hvp, point.grad, target, self.cg_steps)
             direction = _capped(direction, point.y)
             # What the value can still lose, against the rounding error of what it lost so far.
             noise = 16.0 * max(point.noise, eps * (start.value - point.value))
@@ -109,6 +113,7 @@ class Newton(Minimizer):
                     continue
                 return Minimum(point, residual, Status.STALLED, step)
             before, residual = residual, _tree.length(new.grad)
+            forcing = min(_FORCING, 0.9 * (residual / before) ** 2)
             stale = dense and residual > _REUSE * before
             point = new
             if not _tree.length(point.y) < bound:

@@ -1,0 +1,31 @@
+"""Minimizing by a number of steps that does not depend on the numbers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class FixedSteps(ABC):
+    """The same operations on tensors whatever the numbers are, which can be traced and batched."""
+
+    @abstractmethod
+    def minimized(
+        self, fun: Callable[[Tensor], Tensor], y: Tensor, tol: float
+    ) -> tuple[Tensor, Tensor]:
+        """Where the steps lead from y, and the length of the first gradient.
+
+        Steps after the gradient has fallen to `tol` times that change nothing.
+        """
+
+    @abstractmethod
+    def cost(self, n: int) -> tuple[int, int, int]:
+        """Values, gradients and Hessian-vector products of all steps together, for n variables."""
+
+
+def length(vector: Tensor) -> Tensor:
+    """The Euclidean norm, whose derivative nobody asks for."""
+    return torch.sqrt(torch.sum(vector * vector))
