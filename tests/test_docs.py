@@ -80,6 +80,27 @@ def test_public_name_has_docstring(name: str) -> None:
         assert inspect.getdoc(item), f"`{name}` is public and has no docstring."
 
 
+def first_cells(page: str) -> str:
+    """The first column of all tables of a page."""
+    lines = (ROOT / page).read_text("utf-8").splitlines()
+    return "\n".join(line.split("|")[1] for line in lines if line.startswith("|"))
+
+
+ERRORS = [
+    name
+    for module in (bilevel, bilevel.testing)
+    for name in module.__all__
+    if inspect.isclass(kind := getattr(module, name)) and issubclass(kind, Exception)
+]
+
+
+@pytest.mark.parametrize("name", [*bilevel.Status.__members__, *ERRORS])
+def test_status_and_error_has_its_cause_and_cure(name: str) -> None:
+    assert f"`{name}`" in first_cells("docs/when-it-goes-wrong.md"), (
+        f"`{name}` has no row in a table of docs/when-it-goes-wrong.md."
+    )
+
+
 def test_zoo_page_has_a_row_for_each_problem() -> None:
     page = (ROOT / "docs/zoo.md").read_text(encoding="utf-8")
     for case in zoo():
