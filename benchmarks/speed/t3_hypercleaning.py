@@ -223,4 +223,8 @@ def tables(rules: Rules) -> str:
 
         about = f"{kind}, to a test accuracy of {target}\n\n"
         parts.append(about + rows(results, accuracy, ("accuracy",)))
-    return "\n\n".join(parts)
+    about = (
+        "F2SA by hand moves x, y and z at once, for three gradients a step; the library's moves them one after the "
+        "other, as its paper does, for six.\n\n"
+    )
+    return about + "\n\n".join(parts)

@@ -79,7 +79,9 @@ def tables(rules: Rules) -> str:
 
         def extra(result: Result, answer: Answer, truth: Tensor = truth) -> list[str]:
             apart = relative_error(answer.value, truth)
-            memory = "" if answer.cold else mebibytes(result)  # inside of a graph it cannot be counted
+            memory = (
+                "" if answer.cold else mebibytes(result)
+            )  # inside of a graph it cannot be counted
             return [memory, f"{apart:.0e}", cold(answer)]
 
         columns = "MiB", "apart", "s to compile"
