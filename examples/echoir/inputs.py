@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
-from photographs import SUFFIXES, list_images
+from photographs import SUFFIXES, is_image, list_images
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,24 @@ def find_jobs(inputs: Sequence[str], output: Path) -> list[Job]:
     return list(jobs.values())
 
 
+def left_out(inputs: Sequence[str]) -> str:
+    """A line about what folders and patterns hold besides images; empty, if nothing."""
+    folders = [Path(text) for text in inputs if Path(text).is_dir()]
+    patterns = [text for text in inputs if not Path(text).exists()]
+    inside = [path for folder in folders for path in folder.iterdir()]
+    matches = [Path(match) for text in patterns for match in glob.glob(text, recursive=True)]
+    files = sum(path.is_file() and not is_image(path) for path in inside + matches)
+    below = [path for path in inside if path.is_dir()]
+    parts = []
+    if files:
+        parts.append(f"{files} {'file' if files == 1 else 'files'} of other kinds")
+    if below:
+        words = "subfolder" if len(below) == 1 else "subfolders"
+        pattern = below[0].parent / "**" / "*"
+        parts.append(f"{len(below)} {words}, which e.g. '{pattern}' would reach")
+    return f"left out: {', '.join(parts)}" if parts else ""
+
+
 def _find(text: str) -> Iterator[tuple[Path, Path]]:
     """The images that a word of the command line means, each with its name below the output."""
     path = Path(text)
@@ -61,7 +79,7 @@ def _find(text: str) -> Iterator[tuple[Path, Path]]:
     elif glob.has_magic(text):
         root = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
         found = sorted(Path(match) for match in glob.glob(text, recursive=True))
-        images = [match for match in found if match.suffix.lower() in SUFFIXES and match.is_file()]
+        images = [match for match in found if is_image(match)]
         if not images:
             raise ValueError(
                 f"A pattern must match an image ({', '.join(sorted(SUFFIXES))}). Got {text}, which "

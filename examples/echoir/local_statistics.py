@@ -29,10 +29,12 @@ def local_statistics(net: nn.Module, window: int, multiple: int) -> Iterator[nn.
     Raises:
         ValueError: if the window is too small to be halved at the coarsest level.
     """
-    if window < 2 * multiple or window % (2 * multiple):
+    unit = 2 * multiple
+    if window < unit or window % unit:
+        below = max(window // unit, 1) * unit
         raise ValueError(
-            f"A window of local statistics must be a multiple of {2 * multiple}, so that half of it is "
-            f"whole at every level. Got window={window}. Use the training patches' size, about."
+            f"A window of local statistics must be a multiple of {unit}, so that half of it is whole at "
+            f"every level. Got window={window}. Use {below} or {below + unit}."
         )
     local = _Local(net, window, multiple)
 

@@ -52,9 +52,9 @@ class PatchSampler:
         for photograph in photographs:
             if 2 * min(photograph.size) < size:
                 raise ValueError(
-                    f"A photograph must be at least as large as a patch ({size} x {size}), or half as "
-                    f"large, to be mirrored. Got {photograph.name} of size {photograph.size}. Take it "
-                    "out of the data, or ask for smaller patches."
+                    f"A photograph must be at least half as large as a patch ({size} x {size}), to be "
+                    f"mirrored. Got {photograph.name} of size {photograph.size}. Take it out of the data, "
+                    f"or lower --patch to {2 * min(photograph.size)}."
                 )
         self.photographs = [
             _extend(photograph, size) if isinstance(photograph, Photograph) else photograph

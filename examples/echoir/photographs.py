@@ -164,13 +164,20 @@ def list_images(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise ValueError(f"A data folder must exist. Got {folder}. Check the path.")
-    paths = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES]
+    content = list(folder.iterdir())
+    paths = [path for path in content if is_image(path)]
     if not paths:
+        found = "has other files or folders only" if content else "is empty"
         raise ValueError(
-            f"A data folder must hold images ({', '.join(sorted(SUFFIXES))}). Got none in {folder}. "
-            "Name the folder that holds the files themselves."
+            f"A data folder must hold images ({', '.join(sorted(SUFFIXES))}). Got {folder}, which {found}. "
+            "Name the folder that holds the images themselves."
         )
     return sorted(paths, key=natural)
+
+
+def is_image(path: Path) -> bool:
+    """Whether there is a file that has the name of an image."""
+    return path.suffix.lower() in SUFFIXES and path.is_file()
 
 
 def split(photographs: Sequence[Source], *, validation: float, seed: int) -> Split:

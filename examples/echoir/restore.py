@@ -20,7 +20,7 @@ import tyro
 from console import fail_plainly, pick_device
 from ensemble import self_ensemble
 from image_file import read_image, write_image
-from inputs import Job, find_jobs
+from inputs import Job, find_jobs, left_out
 from onnx_network import OnnxNetwork
 from rich.console import Console
 from rich.progress import track
@@ -36,7 +36,7 @@ class Arguments:
     """Restores images.
 
     Attributes:
-        inputs: image files, folders of them, or patterns with *, ? and **.
+        inputs: image files, folders of them (not of their subfolders), or patterns with *, ? and **.
         output: folder for the restored images; made if it does not exist.
         weights: file written by train.py, or by export.py, which onnxruntime runs; those of a blind
             denoiser, for noise of sigma 5 to 50 that is independent from pixel to pixel, by default. JPEG
@@ -47,7 +47,7 @@ class Arguments:
         overlap: pixels shared by neighboring tiles, over which they are blended.
         statistics: what tiles know of the image: `whole`, as if it were in one piece; `local`, windows of
             the training patches' size; `tile`, only themselves, in half the time.
-        window: height and width of the windows of `local`.
+        window: height and width of the windows of `local`; 48 by default.
         self_ensemble: the mean over eight flips and rotations.
     """
 
@@ -59,7 +59,7 @@ class Arguments:
     tile: int = 512
     overlap: int = 64
     statistics: Scope = "whole"
-    window: int = 48
+    window: int | None = None
     self_ensemble: bool = False
 
 
@@ -71,6 +71,8 @@ def main(a: Arguments):
     make_folder(a.output)
     function(torch.zeros(3, 8, 8))  # what is wrong with the arguments shows now
     console, problems = Console(), Console(stderr=True, soft_wrap=True, highlight=False)
+    if others := left_out(a.inputs):
+        console.print(others, markup=False, highlight=False, soft_wrap=True)
     done = 0
     for job in track(jobs, "restoring", console=console):
         try:
@@ -85,6 +87,11 @@ def main(a: Arguments):
 
 def load(a: Arguments) -> Callable[[Tensor], Tensor]:
     """The function that restores an image, (3, H, W), as the arguments want it."""
+    if a.window is not None and a.statistics != "local":
+        raise ValueError(
+            "`--window` must come with --statistics local, which alone has windows. Got --window "
+            f"{a.window} with --statistics {a.statistics}. Add it, or leave --window out."
+        )
     tiles = {"tile": a.tile, "overlap": a.overlap}
     if a.weights.suffix == ".onnx":
         if a.statistics == "local" or a.amp or a.device not in (None, "cpu"):
@@ -98,7 +105,9 @@ def load(a: Arguments) -> Callable[[Tensor], Tensor]:
         return partial(restore_with, network, whole=whole, multiple=network.multiple, **tiles)
     device = pick_device(a.device)
     net, _ = load_weights(a.weights, device)
-    chosen = {"statistics": a.statistics, "window": a.window, "multiple": net.config.multiple}
+    chosen = {"statistics": a.statistics, "multiple": net.config.multiple}
+    if a.window is not None:
+        chosen["window"] = a.window
     return partial(restore, net, device=device, amp=a.amp, **tiles, **chosen)
 
 

@@ -1,5 +1,5 @@
 import pytest
-from inputs import find_jobs
+from inputs import find_jobs, left_out
 
 
 @pytest.fixture
@@ -71,14 +71,27 @@ def test_another_s_input_is_not_replaced_either(tmp_path):
         targets([tmp_path / "a" / "**" / "*.png"], tmp_path / "a" / "b" / "..")
 
 
+def test_what_a_folder_holds_besides_images_is_told(album):
+    (album / "Ferien" / "film.gif").touch()
+    (album / "Ferien" / "list.txt").touch()
+    inside = left_out([str(album / "Ferien")])
+    assert inside.startswith("left out: 2 files of other kinds, 1 subfolder, which ")
+    assert f"'{album / 'Ferien' / '**' / '*'}'" in inside
+    assert left_out([str(album / "Ferien" / "tief")]) == ""
+    assert left_out([str(album / "Ferien" / "zürich 1.png")]) == ""
+    assert left_out([str(album / "**" / "*")]) == "left out: 3 files of other kinds"
+
+
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
         ([], "Got none. Name one"),
         (["absent.png"], "An input must exist. Got absent.png"),
+        (["."], r"must hold images .* Got \., which is empty\. Name "),
         (["*.nothing"], r"\.jpg.*Got \*\.nothing, which matches none\. Check the path"),
     ],
 )
-def test_nothing_is_meant(inputs, message, tmp_path):
+def test_nothing_is_meant(inputs, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
         find_jobs(inputs, tmp_path)

@@ -176,7 +176,11 @@ def test_degradations_do_harm_and_keep_the_range(task):
 def test_missing_and_empty_folders(tmp_path):
     with pytest.raises(ValueError, match="must exist"):
         load_folder(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"Got none in .* Name the folder"):
+    with pytest.raises(ValueError, match=r"Got .*, which is empty\. Name the folder"):
+        load_folder(tmp_path)
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "album.png").mkdir()
+    with pytest.raises(ValueError, match=r"which has other files or folders only\. Name the"):
         load_folder(tmp_path)
 
 
@@ -212,7 +216,8 @@ def test_too_few_photographs():
 
 
 def test_patch_larger_than_a_photograph(folder):
-    with pytest.raises(ValueError, match=r"as a patch \(121 x 121\), or half .* Got photo0.png"):
+    message = r"half as large as a patch \(121 x 121\).* Got photo0\.png .* lower --patch to 120\."
+    with pytest.raises(ValueError, match=message):
         PatchSampler(load_folder(folder), degradation("denoise", 25.0), 121, CPU)
 
 

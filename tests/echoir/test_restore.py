@@ -130,6 +130,30 @@ def test_restore_with_self_ensemble(weights, tmp_path):
     assert np.abs(copied - expected).max() < 0.5 + 1e-3
 
 
+def test_restore_says_what_it_leaves_out(weights, tmp_path, capsys):
+    save(tmp_path / "in" / "a.png", np.zeros((8, 8, 3), np.uint8))
+    (tmp_path / "in" / "deeper").mkdir()
+    restored(weights, tmp_path / "in", output=tmp_path / "out")
+    told = capsys.readouterr().out
+    assert "left out: 1 subfolder" in told
+    assert f"'{tmp_path / 'in' / '**' / '*'}'" in told.replace("\n", "")
+
+
+def test_a_window_without_local_statistics_is_refused(weights, tmp_path):
+    save(tmp_path / "a.png", np.zeros((8, 8, 3), np.uint8))
+    with pytest.raises(
+        ValueError, match=r"`--window` must come with --statistics local.* Got .*64"
+    ):
+        restored(weights, tmp_path / "a.png", output=tmp_path / "out", window=64)
+    assert not (tmp_path / "out").exists()
+    local = {"output": tmp_path / "out", "statistics": "local"}
+    restored(weights, tmp_path / "a.png", window=64, **local)
+    with pytest.raises(ValueError, match=r"multiple of 8.* Got window=63\. Use 56 or 64\."):
+        restored(weights, tmp_path / "a.png", window=63, **local)
+    with pytest.raises(ValueError, match=r"Got window=0\. Use 8 or 16\."):
+        restored(weights, tmp_path / "a.png", window=0, **local)
+
+
 def test_restore_says_what_is_wrong_before_the_first_image(weights, tmp_path):
     save(tmp_path / "a.png", np.zeros((8, 8, 3), np.uint8))
     with pytest.raises(ValueError, match="at most half their size"):
