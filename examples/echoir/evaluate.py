@@ -71,9 +71,11 @@ def main(a: Arguments):
         return restore(net, image, device=device, amp=a.amp, tile=a.tile)
 
     if a.sets:
+        check_sigma(a, "gaussian" in a.sets)
         published(a, about, sigma, restored)
         return
     photographs = bundled().test if a.data is None else load_folder(a.data)
+    check_sigma(a, about["task"] == "denoise" and any(p.input is None for p in photographs))
     results = evaluate(photographs, degradation(about["task"], sigma), restored)
     Console().print(score_table({"restored": results}, title=f"{a.weights}, {about['task']}"))
 
@@ -91,6 +93,15 @@ def check(a: Arguments):
             "`--set dnd` and `--submission FOLDER` must come together: DND's targets are not public, so "
             f"files are written for its server. Got --set {' '.join(a.sets)}, --submission "
             f"{a.submission}. Give both or none."
+        )
+
+
+def check_sigma(a: Arguments, is_used: bool):
+    """Refuses a sigma where there are pairs, or where something else than noise is to be undone."""
+    if a.sigma is not None and not is_used:
+        raise ValueError(
+            "`--sigma` must come with noise to add: to clean images, with weights for denoising or --set "
+            f"gaussian. Got {a.sigma} without. Leave it out."
         )
 
 

@@ -15,7 +15,7 @@ from protocols import RGB, Measured, Y
 from rich.console import Console
 from scenes import EXAMPLE, save
 from test_sets import DERAINING, SETS
-from weights import save_weights
+from weights import load_weights, save_weights
 
 CONFIG = EchoIRConfig(width=8, blocks=(1, 1), heads=(1, 2), final_blocks=1, unshuffle=2)
 LIFT = 0.02  # what the network below adds to every value
@@ -136,6 +136,21 @@ def test_what_cannot_be_meant(options, message, weights, tmp_path, monkeypatch):
     paths = {k: v if k == "sets" else tmp_path / "empty" / v for k, v in options.items()}
     with pytest.raises(ValueError, match=message):
         evaluate.main(Arguments(weights=weights, device="cpu", **paths))
+
+
+def test_a_sigma_that_no_noise_would_have_is_refused(weights, tmp_path):
+    message = r"`--sigma` must come with noise to add.* Got 15.* Leave it out"
+    collection("GoPro")(tmp_path)
+    for options in (
+        {"data": tmp_path, "sets": ("gopro",)},
+        {"data": tmp_path / "Datasets" / "test" / "GoPro"},
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate.main(Arguments(weights=weights, sigma=15.0, device="cpu", **options))
+    net, _ = load_weights(weights, torch.device("cpu"))
+    save_weights(weights, net, {"task": "derain", "sigma": 25.0})
+    with pytest.raises(ValueError, match=message):
+        evaluate.main(Arguments(weights=weights, sigma=15.0, device="cpu"))
 
 
 def submit(weights, root, folder):
