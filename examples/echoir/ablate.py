@@ -12,6 +12,7 @@ stopped. Exit codes: 0 done, 2 a mistake in the arguments or the data, 75 stoppe
 """
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -76,11 +77,16 @@ def scaled(a: Arguments) -> Arguments:
                 f"--minutes, --seeds and --output. Got {getattr(a.train, name)}. Take it out."
             )
     steps, minutes = SCALES[a.which]
-    a = replace(a, steps=a.steps or steps, minutes=a.minutes or minutes)
-    for name in ("steps", "minutes", "seeds"):
-        if getattr(a, name) <= 0:
+    a = replace(
+        a,
+        steps=steps if a.steps is None else a.steps,
+        minutes=minutes if a.minutes is None else a.minutes,
+    )
+    for name, usual in {"steps": steps, "minutes": minutes, "seeds": 3}.items():
+        if not 0 < getattr(a, name) < math.inf:
             raise ValueError(
-                f"`--{name}` must be positive. Got {getattr(a, name)}. Leave it out, perhaps."
+                f"`--{name}` must be positive and finite. Got {getattr(a, name)}. Use e.g. {usual}, or "
+                "leave it out."
             )
     return replace(a, train=settle(replace(a.train, steps=a.steps)))
 

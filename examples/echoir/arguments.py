@@ -19,19 +19,19 @@ from stages import PerStage, plan
 from whole_file import replacing
 
 Polynomial = tuple[float, float, float]  # start, power, scale: start / (1 + step / scale) ** power
-POSITIVE = (
-    "minutes",
-    "steps",
-    "stages",
-    "patch",
-    "batch",
-    "lower_batch",
-    "lr",
-    "lr_end",
-    "max_norm",
-    "look_every",
-    "threads",
-)
+POSITIVE = {  # with good values
+    "minutes": "7.5",
+    "steps": "1000",
+    "stages": "800 200",
+    "patch": "48",
+    "batch": "4",
+    "lower_batch": "2",
+    "lr": "2e-3",
+    "lr_end": "2e-5",
+    "max_norm": "0.2",
+    "look_every": "100",
+    "threads": "1",
+}
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ class Arguments:
         steps: upper steps to train.
         stages: steps of each stage, in each of which patches and batches may have sizes of their own;
             with --steps only their shares count.
-        patch: height and width of the training patches; one number, or one for each stage.
+        patch: height and width of the training patches; one number, or one for each stage. Photographs
+            that are smaller, down to half of it, are mirrored at a border.
         batch: patches a step for F, likewise. The smallest that trains well: many small steps are
             better than few large ones when minutes count.
         lower_batch: patches a step for f, likewise, which is evaluated twice and has few parameters
@@ -89,7 +90,7 @@ class Arguments:
             preset's tensors are small, and a second thread gains a fifth on an idle machine but
             costs a factor of twenty on a busy one.
         seed: of weights, patches and noise.
-        resume: go on with the run in --output, with the arguments it was started with.
+        resume: go on with the run in --output, with the arguments it was started with; others are refused.
     """
 
     config: Literal["paper", "small"] | None = None
@@ -193,15 +194,39 @@ def settle(a: Arguments) -> Arguments:
     return replace(a, steps=a.steps or sum(a.stages) or None, amp=amp)
 
 
+def agree(given: Arguments, own: Arguments):
+    """Refuses to go on with a run by other arguments than its own.
+
+    Args:
+        given: those of the command line; where it has none, the run's.
+        own: those of the run.
+    """
+
+    def plain(value: Any) -> Any:
+        return value.resolve() if isinstance(value, Path) else value
+
+    others = "; ".join(
+        f"{_flag(name)} {value}, where the run has {getattr(own, name)}"
+        for name, value in vars(given).items()
+        if plain(value) != plain(getattr(own, name))
+    )
+    if others:
+        raise ValueError(
+            f"`--resume` must go on with the arguments of the run in {own.output}. Got {others}. Leave "
+            "that out; or, for another run, name another --output and leave out --resume."
+        )
+
+
 def check(a: Arguments):
     """Refuses numbers out of their range."""
-    for name in POSITIVE:
+    for name, good in POSITIVE.items():
         value = getattr(a, name)
         if value is not None and not all(
             0 < v < math.inf for v in (value if isinstance(value, tuple) else [value])
         ):
             raise ValueError(
-                f"`--{name.replace('_', '-')}` must be positive and finite. Got {value}. Leave it out, perhaps."
+                f"`{_flag(name)}` must be positive and finite. Got {value}. Use e.g. {_flag(name)} {good}, or "
+                "leave it out."
             )
     if not 0 < a.val_share < 1:
         raise ValueError(
@@ -229,6 +254,14 @@ def check(a: Arguments):
                 f"`--{name}` must have a start and a scale above 0. Got {known}. Use e.g. 1 2 100."
             )
     degradation(a.task, a.sigma)
+    uses = {"sigma": ("--task denoise", a.task == "denoise")}
+    uses |= {"alpha": ("--lower both", a.lower == "both")}
+    for name, (use, is_used) in uses.items():
+        if not is_used and getattr(a, name) != getattr(Arguments, name):
+            raise ValueError(
+                f"`--{name}` must come with {use}: nothing else looks at it. Got {getattr(a, name)} "
+                f"without. Give {use} too, or leave --{name} out."
+            )
     plan(a.stages, a.steps, patch=a.patch, batch=a.batch, lower_batch=a.lower_batch)
 
 
@@ -243,6 +276,11 @@ def start_anew(a: Arguments, methods: Sequence[str]):
     del kept["output"], kept["resume"]
     with replacing(note) as file:
         file.write_text(json.dumps(kept | {"sha256": _digest(kept)}))
+
+
+def _flag(name: str) -> str:
+    """As on the command line."""
+    return f"--{name.replace('_', '-')}"
 
 
 def _digest(kept: dict[str, Any]) -> str:

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import tyro
-from arguments import Arguments, defaults, settle, start_anew
+from arguments import Arguments, agree, defaults, settle, start_anew
 from console import fail_plainly, pick_device, score_table
 from degradations import degradation, one_sigma
 from folders import load_folder
@@ -49,10 +49,22 @@ STOPPED = 75  # EX_TEMPFAIL: not an error, try again (with --resume)
 
 
 def load_split(a: Arguments) -> Split:
-    """Whole photographs for D_tr, D_val and the test."""
+    """Whole photographs for D_tr, D_val and the test.
+
+    Raises:
+        ValueError: if pairs are to be degraded, which come with their inputs.
+    """
     if a.data is None:
         return bundled()
-    return split(load_folder(a.data), validation=a.val_share, seed=a.seed)
+    photographs = load_folder(a.data)
+    for name in ("sigma", "jpeg"):
+        value = getattr(a, name)
+        if value != getattr(Arguments, name) and all(p.input is not None for p in photographs):
+            raise ValueError(
+                f"`--{name}` must come with clean photographs, which are degraded by it. Got {value} with "
+                f"the pairs of {a.data}. Leave --{name} out."
+            )
+    return split(photographs, validation=a.val_share, seed=a.seed)
 
 
 def new_network(a: Arguments, config: EchoIRConfig, device: torch.device) -> EchoIR:
@@ -182,7 +194,11 @@ def command_line(words: Sequence[str] | None = None):
     """Runs `main` with arguments from the command line, and exits with a code that says how it went."""
     console = Console()
     with fail_plainly(), exit_codes(console, "--resume"):
-        main(tyro.cli(Arguments, args=words, default=defaults(words)), console)
+        a = tyro.cli(Arguments, args=words, default=defaults(words))
+        if a.resume:
+            own = settle(a)
+            agree(tyro.cli(Arguments, args=words, default=own), own)
+        main(a, console)
 
 
 if __name__ == "__main__":

@@ -115,8 +115,9 @@ def test_other_settings_need_another_folder(folder, tmp_path, monkeypatch, capsy
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--steps", "-1"], "`--steps` must be positive. Got -1"),
-        (["--seeds", "0"], "`--seeds` must be positive. Got 0"),
+        (["--steps", "0"], "`--steps` must be positive and finite. Got 0. Use e.g. 500"),
+        (["--minutes", "nan"], "`--minutes` must be positive and finite. Got nan"),
+        (["--seeds", "0"], "`--seeds` must be positive and finite. Got 0. Use e.g. 3"),
         (["--train.steps", "7"], "`--train.steps` must be left to the ablation"),
         (["--train.lr", "0"], "`--lr` must be positive"),
     ],

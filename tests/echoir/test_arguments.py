@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from arguments import Arguments, check, settle, start_anew
+from arguments import Arguments, agree, check, settle, start_anew
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,6 +18,7 @@ WILD = st.builds(
     task=st.sampled_from(["denoise", "denoise-raw", "derain", "deblur"]),
     sigma=NUMBER | st.tuples(NUMBER, NUMBER),
     data=st.none() | st.text("aé 本/.", min_size=1, max_size=9).map(Path),
+    lower=st.sampled_from(["echo", "restoration", "both"]),
     alpha=NUMBER,
     mu=st.none() | st.tuples(NUMBER, NUMBER, NUMBER),
     barrier=st.none() | st.tuples(NUMBER, NUMBER, NUMBER),
@@ -46,6 +47,7 @@ GOOD = st.builds(
     sigma=POSITIVE | st.tuples(st.floats(0.0, 25.0), st.floats(25.0, 50.0)),
     data=st.none() | st.text("aé 本/.", min_size=1, max_size=9).map(Path),
     jpeg=SHARE,
+    lower=st.just("both"),
     alpha=st.floats(0.0, 9.0),
     mu=SCHEDULE,
     epsilon=SCHEDULE,
@@ -126,6 +128,43 @@ def test_arguments_of_a_run_before_there_was_a_checksum_are_taken(tmp_path):
     (tmp_path / "arguments.json").write_text('{"steps": 7, "sigma": [5.0, 50.0]}')
     found = settle(Arguments(output=tmp_path, resume=True))
     assert (found.steps, found.sigma) == (7, (5.0, 50.0))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"task": "derain", "sigma": 5.0}, r"`--sigma` must come with --task denoise.* Got 5\.0"),
+        ({"task": "deblur", "sigma": (5.0, 50.0)}, r"`--sigma` must .* Got \(5\.0, 50\.0\)"),
+        ({"alpha": 0.5}, r"`--alpha` must come with --lower both.* Got 0\.5.* leave --alpha out"),
+    ],
+)
+def test_numbers_that_nothing_would_look_at_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        check(Arguments(**given))
+    check(Arguments(task="derain"))
+    check(Arguments(lower="both", alpha=0.5))
+
+
+@pytest.mark.parametrize("name", ["steps", "minutes", "look_every", "lr", "stages"])
+def test_a_number_that_must_be_positive_comes_with_an_example(name):
+    zero = (0,) if name == "stages" else 0
+    flag = f"--{name.replace('_', '-')}"
+    text = refusal(dataclasses.replace(Arguments(), **{name: zero}))
+    told = re.search(rf"`{flag}` must be .* Got .*\. Use e\.g\. {flag} ([0-9.e-]+)", text)
+    good = (int(told[1]),) if name == "stages" else float(told[1])
+    check(dataclasses.replace(Arguments(), **{name: good}))
+
+
+@given(a=GOOD)
+def test_a_run_goes_on_with_its_own_arguments_alone(a):
+    agree(a, a)
+    other = dataclasses.replace(a, warmup=a.warmup + 1, compare=True, data=Path("elsewhere"))
+    with pytest.raises(
+        ValueError, match=r"Got .*--warmup .* has .*--compare True.* has False"
+    ) as e:
+        agree(other, a)
+    assert "--data elsewhere" in str(e.value)
+    assert "--lr" not in str(e.value)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 from checkpoint import Checkpoint
 from checkpoint import load as load_checkpoint
 from checkpoint import save as save_checkpoint
+from miniatures import collection
 from PIL import Image
 from safetensors.torch import load_file
 from scenes import EXAMPLE, save
@@ -93,6 +94,41 @@ def test_sigterm_saves_and_resume_goes_on_bit_for_bit(finished, tmp_path):
     assert [row["step"] for row in rows(log)] == [10, 20, 30]
 
 
+def test_resume_with_other_arguments_is_refused(finished, capsys):
+    """The run would go on with its own, and nothing would say so."""
+    folder, output, _ = finished
+    before = (output / "arguments.json").read_bytes()
+    with pytest.raises(SystemExit) as left:
+        command_line(command(folder, output, "--resume", "--steps", "5", "--lr", "2e-3")[2:])
+    assert left.value.code == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert "Got --steps 5, where the run has 30. Leave that out" in message
+    assert (output / "arguments.json").read_bytes() == before
+
+
+def test_resume_takes_the_arguments_of_the_run_in_any_words(folder, tmp_path, monkeypatch):
+    """A whole configuration with one number overridden, the data by a relative path."""
+    monkeypatch.chdir(folder.parent)
+    tiny = [
+        "--patch",
+        "16",
+        "--batch",
+        "1",
+        "--lower-batch",
+        "1",
+        "--preset",
+        "cpu",
+        "--steps",
+        "6",
+    ]
+    words = ["--config", "small", *tiny, "--data", folder.name, "--output", str(tmp_path / "run")]
+    command_line(words)
+    command_line([*words, "--resume"])
+    command_line(["--config", "small", "--output", str(tmp_path / "run"), "--resume"])
+    with pytest.raises(SystemExit):
+        command_line(["--config", "paper", "--output", str(tmp_path / "run"), "--resume"])
+
+
 def stop_at(monkeypatch, step):
     """Interrupts the run of this process as Ctrl-C would, in a step."""
     import run
@@ -118,7 +154,7 @@ def test_resume_across_a_stage_border_is_bit_for_bit(folder, tmp_path, monkeypat
         with pytest.raises(SystemExit) as left:
             command_line(command(folder, broken, *options)[2:])
     assert left.value.code == 75
-    command_line(command(folder, broken, "--resume")[2:])
+    command_line(command(folder, broken, "--resume", *options)[2:])
     same(straight, broken)
     logs = [rows(path / "metrics.jsonl") for path in (straight, broken)]
     timeless = [[{k: v for k, v in r.items() if "seconds" not in k} for r in log] for log in logs]
@@ -194,6 +230,18 @@ def test_a_blind_denoiser_is_trained_and_resumed(folder, tmp_path):
     assert load_weights(tmp_path / "weights.safetensors", CPU)[1]["sigma"] == [5.0, 50.0]
 
 
+@pytest.mark.parametrize("name", ["sigma", "jpeg"])
+def test_what_would_degrade_pairs_again_is_refused(name, tmp_path, capsys):
+    """They come with their inputs."""
+    collection("Rain13K", "")(tmp_path)
+    with pytest.raises(SystemExit) as left:
+        command_line(command(tmp_path / "Rain13K", tmp_path / "out", f"--{name}", "0.5")[2:])
+    assert left.value.code == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert f"`--{name}` must come with clean photographs" in message
+    assert f"Got 0.5 with the pairs of {tmp_path / 'Rain13K'}. Leave --{name} out" in message
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -201,7 +249,8 @@ def test_a_blind_denoiser_is_trained_and_resumed(folder, tmp_path):
         (["--val-share", "1.5"], "above 0 and below 1. Got 1.5"),
         (["--sigma", "50", "5"], "the lower first. Got sigma=(50.0, 5.0)"),
         (["--resume"], "must find a run to go on with"),
-        (["--patch", "500"], "at least as large as a patch"),
+        (["--patch", "500"], "at least half as large as a patch (500 x 500)"),
+        (["--task", "derain", "--sigma", "5"], "`--sigma` must come with --task denoise"),
         (["--device", "abacus"], "must name a device of this machine. Got 'abacus'"),
         (["--task", "dehaze"], "dehaze"),
         (["--stepz", "3"], "--stepz"),
