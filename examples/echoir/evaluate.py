@@ -88,6 +88,10 @@ def check(a: Arguments):
         )
     if a.json and not a.sets:
         raise ValueError("`--json` must come with --set. Got none. Name a set, or leave it out.")
+    if a.json and a.json.is_dir():
+        raise ValueError(f"`--json` must be a file. Got {a.json}, a folder. Name a file in it.")
+    if a.sigma is not None:
+        degradation("denoise", a.sigma)  # refuses what no noise has
     if ("dnd" in a.sets) != (a.submission is not None):
         raise ValueError(
             "`--set dnd` and `--submission FOLDER` must come together: DND's targets are not public, so "

@@ -48,6 +48,12 @@ class Arguments:
 def main(a: Arguments):
     net, about = load_weights(a.weights, torch.device("cpu"))
     output = a.output or a.weights.with_suffix(".onnx")
+    if output.suffix != ".onnx" or output.is_dir():
+        raise ValueError(
+            "`--output` must be a file whose name ends in .onnx, by which restore.py knows it. Got "
+            f"{output}. Use e.g. weights.onnx."
+        )
+    output.parent.mkdir(parents=True, exist_ok=True)
     export(net, output, about)
     worst = difference(net, output)
     if not worst < TOLERANCE:

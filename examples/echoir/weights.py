@@ -45,8 +45,9 @@ def load_weights(path: Path, device: torch.device) -> tuple[EchoIR, dict[str, An
         ValueError: if the file is missing, damaged, or not one of ours.
     """
     if not path.is_file():
+        found = "is a folder" if path.is_dir() else "does not exist"
         raise ValueError(
-            f"The weights must be a file. Got {path}, which does not exist. Train first, with "
+            f"The weights must be a file. Got {path}, which {found}. Train first, with "
             "`python examples/echoir/train.py`, or name another file."
         )
     try:

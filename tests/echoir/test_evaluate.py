@@ -125,6 +125,10 @@ def test_the_table_of_the_command(weights, tmp_path):
     [
         ({"sets": ("gopro",)}, r"`--set` must come with the folder"),
         ({"json": "x.json"}, r"`--json` must come with --set"),
+        (
+            {"sets": ("gopro",), "data": ".", "json": "."},
+            r"`--json` must be a file\. Got .*, a folder",
+        ),
         ({"sets": ("dnd",), "data": "."}, r"must come together"),
         ({"sets": ("gopro",), "data": ".", "submission": "x"}, r"must come together"),
         ({"sets": ("dnd",), "data": ".", "submission": "x"}, r"DND must lie under"),
@@ -151,6 +155,12 @@ def test_a_sigma_that_no_noise_would_have_is_refused(weights, tmp_path):
     save_weights(weights, net, {"task": "derain", "sigma": 25.0})
     with pytest.raises(ValueError, match=message):
         evaluate.main(Arguments(weights=weights, sigma=15.0, device="cpu"))
+
+
+@pytest.mark.parametrize("sigma", [-5.0, float("nan")])
+def test_a_sigma_that_no_noise_can_have_is_refused(sigma, weights, tmp_path):
+    with pytest.raises(ValueError, match=r"must have sigma >= 0.* Got sigma="):
+        evaluate.main(Arguments(weights=weights, data=tmp_path, sets=("gaussian",), sigma=sigma))
 
 
 def submit(weights, root, folder):

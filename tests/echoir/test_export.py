@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
 import torch
+from export import Arguments as Exported
 from export import export
+from export import main as export_main
 from model import EchoIR, EchoIRConfig
 from onnx_network import OnnxNetwork, flatten, unflatten
 from photographs import load_image
@@ -73,6 +75,23 @@ def test_what_it_cannot_do(exported, tmp_path):
         OnnxNetwork(tmp_path / "b.onnx")
     with pytest.raises(ValueError, match="does not exist"):
         OnnxNetwork(tmp_path / "absent.onnx")
+
+
+@pytest.mark.parametrize("name", ["weights.txt", "folder.onnx"])
+def test_an_output_that_restore_would_not_know_is_refused_before_the_work(name, tmp_path):
+    (tmp_path / "folder.onnx").mkdir()
+    save_weights(tmp_path / "weights.safetensors", EchoIR(TINY), {})
+    with pytest.raises(ValueError, match=rf"whose name ends in \.onnx.* Got .*{name}"):
+        export_main(Exported(tmp_path / "weights.safetensors", tmp_path / name))
+
+
+def test_the_folder_of_the_output_is_made(tmp_path, monkeypatch):
+    save_weights(tmp_path / "weights.safetensors", EchoIR(TINY), {})
+    monkeypatch.setattr("export.export", lambda net, output, about: output.touch())
+    monkeypatch.setattr("export.difference", lambda net, output: 0.0)
+    output = tmp_path / "new" / "folder" / "weights.onnx"
+    export_main(Exported(tmp_path / "weights.safetensors", output))
+    assert output.is_file()
 
 
 def test_statistics_as_one_vector():

@@ -49,6 +49,8 @@ def test_weights_that_are_none(weights, tmp_path):
         ValueError, match=r"does not exist\. Train first.*, or name another file\.$"
     ):
         load_weights(tmp_path / "absent", CPU)
+    with pytest.raises(ValueError, match=r"must be a file\. Got .*, which is a folder\."):
+        load_weights(tmp_path, CPU)
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(ValueError, match="must be a safetensors file"):
         load_weights(weights, CPU)
