@@ -27,10 +27,12 @@ from page import table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "echoir"))
 
+from console import fail_plainly
+from degradations import degradation
 from ensemble import self_ensemble
 from jpeg import saved
 from noise import noise
-from photographs import bundled, load_image
+from photographs import bundled, list_images, load_image
 from scores import channels_first, psnr, round8, ssim
 from tiles import restore
 from weights import DENOISER, load_weights
@@ -61,11 +63,23 @@ class Arguments:
 
 
 def crops(a: Arguments) -> list[np.ndarray]:
-    """Crops, float32 (256, 256, 3) in [0, 1]."""
+    """Crops, float32 (256, 256, 3) in [0, 1].
+
+    Raises:
+        ValueError: if there are none.
+    """
     if a.data is None:
         images = [photograph.read().target for photograph in bundled().test]
     else:
-        images = [load_image(path) for path in sorted(a.data.iterdir()) if path.is_file()]
+        images = [load_image(path) for path in sorted(list_images(a.data))]
+    small = sum(min(image.shape[:2]) < CROP for image in images)
+    if a.per_photograph < 1 or small == len(images):
+        raise ValueError(
+            f"There must be crops of {CROP} x {CROP} pixels. Got {len(images)} photographs, {small} of them "
+            f"smaller, and --per-photograph {a.per_photograph}. Name larger ones by --data."
+        )
+    if small:
+        print(f"left out: {small} photographs smaller than {CROP} x {CROP}")
     found: list[np.ndarray] = []
     for image in images:
         height, width = image.shape[:2]
@@ -155,9 +169,12 @@ def row(
 
 def main(a: Arguments):
     torch.set_num_threads(1)
-    clean = crops(a)
-    methods: dict[str, Denoiser] = {"noisy": lambda noisy, _: noisy, **peers()}
-    methods |= echoir(a.weights)
+    if not a.sigmas:
+        raise ValueError("`--sigmas` must be one number or more. Got none. Use e.g. 25.")
+    for sigma in a.sigmas:
+        degradation("denoise", sigma)  # refuses what no noise has
+    clean, ours = crops(a), echoir(a.weights)
+    methods: dict[str, Denoiser] = {"noisy": lambda noisy, _: noisy, **peers(), **ours}
     rows: list[list[str]] = []
     for name, denoise in methods.items():
         rows.append(row(name, denoise, clean, a.sigmas, a.jpeg))
@@ -167,4 +184,5 @@ def main(a: Arguments):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    with fail_plainly():
+        main(tyro.cli(Arguments))

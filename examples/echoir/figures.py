@@ -59,6 +59,8 @@ class Arguments:
 
 
 def main(a: Arguments):
+    if a.box < 1:
+        raise ValueError(f"`--box` must be above 0, in pixels. Got {a.box}. Use e.g. 72.")
     device = pick_device(a.device)
     loaded = load_run(a.run, device)
     nets = {method: net for method, (net, _) in loaded.items()}
@@ -128,7 +130,8 @@ def pick(comparisons: list[Comparison], name: str | None) -> Comparison:
     found = [c for c in comparisons if name in (None, c.name)]
     if not found:
         raise ValueError(
-            f"`--name` must be one of {', '.join(c.name for c in comparisons)}. Got {name!r}."
+            f"`--name` must be one of {', '.join(c.name for c in comparisons)}. Got {name!r}. Use "
+            "one of these, or leave it out for the first."
         )
     return found[0]
 

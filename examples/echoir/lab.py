@@ -36,7 +36,7 @@ class Results:
         runs: one for each training that has ended.
 
     Raises:
-        ValueError: if the file is of other settings.
+        ValueError: if the file is damaged, or of other settings.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]):
@@ -45,9 +45,14 @@ class Results:
         self.runs: list[dict[str, Any]] = []
         if not path.is_file():
             return
-        known = json.loads(path.read_text())
-        self.costs, self.runs = known["costs"], known["runs"]
-        before = known["settings"]
+        try:
+            known = json.loads(path.read_text())
+            before, self.costs, self.runs = (known[k] for k in ("settings", "costs", "runs"))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"An ablation must go on from whole results. Got {path}, which is damaged: {error!r}. Remove "
+                "it, or use another --output."
+            ) from error
         different = [k for k in settings if before.get(k) != settings[k]]
         if different:
             raise ValueError(

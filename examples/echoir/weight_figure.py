@@ -77,12 +77,16 @@ def draw_weights(
     call = calls(net, comparison.input)
     if level not in call:
         raise ValueError(
-            f"`--level` must be that of an Echo-Upsampler. Got {level}, not {sorted(call)}."
+            f"`--level` must be that of an Echo-Upsampler, one of {sorted(call)}. Got {level}. Use 0, the "
+            "finest."
         )
     size = comparison.target.shape[1:]
     row, column = pixel or strongest_edge(comparison.target)
     if not (0 <= row < size[0] and 0 <= column < size[1]):
-        raise ValueError(f"`--pixel` must be within {tuple(size)}. Got {(row, column)}.")
+        raise ValueError(
+            f"`--pixel` must be a row and a column within {tuple(size)}. Got {(row, column)}. Use smaller "
+            "ones, or leave it out for the strongest edge."
+        )
     figure = Figure(figsize=(11, 3.2), layout="constrained")
     side = net.config.unshuffle * 2**level
     axes = list(figure.subplots(1, 4))

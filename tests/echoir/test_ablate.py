@@ -112,6 +112,13 @@ def test_other_settings_need_another_folder(folder, tmp_path, monkeypatch, capsy
     assert "train.lr=0.0001 after 0.002" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.parametrize("content", ["{", "{}", "[]"])
+def test_damaged_results_are_named(content, tmp_path):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(ValueError, match=r"Got .*results\.json, which is damaged"):
+        lab.Results(tmp_path / "results.json", {})
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

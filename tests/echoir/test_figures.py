@@ -64,8 +64,10 @@ def test_what_cannot_be_drawn(run, tmp_path):
     options = {"data": tmp_path / "data", "device": "cpu", "box": 16}
     with pytest.raises(ValueError, match=r"must be one of a\.png\. Got 'b'"):
         main(Arguments(run, name="b", **options))
-    with pytest.raises(ValueError, match=r"that of an Echo-Upsampler. Got 2, not \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"one of \[0, 1\]\. Got 2\. Use 0"):
         main(Arguments(run, level=2, **options))
+    with pytest.raises(ValueError, match=r"`--box` must be above 0.* Got 0\."):
+        main(Arguments(run, **options | {"box": 0}))
     with pytest.raises(ValueError, match=r"within \(48, 64\). Got \(48, 0\)"):
         main(Arguments(run, pixel=(48, 0), **options))
 
