@@ -157,6 +157,8 @@ def test_stage_has_the_parts_of_its_solver_in_the_units_of_the_problem() -> None
     solver = bl.ASBLO(
         mu=geometric(1.0, 0.5),
         theta=geometric(3.0, 0.5),
+        sigma=geometric(2.0, 0.5),
+        epsilon=geometric(4.0, 0.5),
         kappa=0.25,
         pessimistic=True,
         minimizer=newton,
@@ -164,6 +166,8 @@ def test_stage_has_the_parts_of_its_solver_in_the_units_of_the_problem() -> None
     stage = solver.stage(1, lower=2.0, upper=8.0, square=4.0)
     assert stage.mu == 0.5 * 2.0 / 4.0
     assert stage.theta == 1.5 * 8.0 / 4.0
+    assert stage.sigma == 1.0 * 8.0
+    assert stage.epsilon == 2.0 * 2.0
     assert stage.barrier == log_rational(0.5)
     assert stage.pessimistic is True
     assert stage.minimizer == newton
