@@ -148,6 +148,17 @@ def test_number_outside_that_changes_is_seen() -> None:
 
 
 @pytest.mark.usefixtures("traced")
+def test_newton_steps_are_traced_in_one_variable_too() -> None:
+    problem = bl.BilevelProblem(
+        lambda x, y, _: 0.5 * (y**2).sum(), lambda x, y, _: torch.cosh(y - 3.0 * x).sum()
+    )
+    method = bl.Implicit(Dense(), bl.optim.Newton(max_steps=8), compile=True)
+    found = bl.hypergradient(problem, torch.ones(1), torch.zeros(1), method)
+    assert found.status is bl.Status.CONVERGED
+    torch.testing.assert_close(found.grad, torch.tensor([9.0]))
+
+
+@pytest.mark.usefixtures("traced")
 def test_more_problems_than_torch_keeps_of_one_code() -> None:
     for k in range(1, 10):
         problem = bl.BilevelProblem(
@@ -219,12 +230,13 @@ def test_evaluations_are_counted() -> None:
     assert counted["lower"] == 1 + 2 * 2 + 1
 
 
-def lower_solution(lower: Any, y: Tensor, steps: int) -> bl.Estimate:
+def lower_solution(lower: Any, y: Tensor, steps: int, linear: Any = None) -> bl.Estimate:
     """By `steps` Newton steps from y, as one program of x = 1."""
     problem = bl.BilevelProblem(
         lambda x, y, _: (x * y).sum(), lambda x, y, _: lower(y) + 0.0 * x.sum()
     )
-    method = bl.Implicit(Dense(), bl.optim.Newton(max_steps=steps), tol=1e-9, compile=True)
+    newton = bl.optim.Newton(max_steps=steps)
+    method = bl.Implicit(linear or Dense(), newton, tol=1e-9, compile=True)
     return method.estimate(problem, torch.ones_like(y), y)
 
 
@@ -249,6 +261,41 @@ def test_newton_leaves_a_hill_downwards() -> None:
 def test_too_few_newton_steps_are_said() -> None:
     y = torch.full((2,), 1.5, dtype=torch.float64)
     found = lower_solution(lambda y: (y**4).sum(), y, 2)
+    assert found.status is bl.Status.LOWER_UNSOLVED
+
+
+@pytest.mark.usefixtures("untraced")
+@pytest.mark.parametrize("start", [3.0, 1.0], ids=["afar", "at the minimum"])
+def test_newton_in_float32_converges_to_the_last_digits(start: float) -> None:
+    """The gradient never falls to `tol` of the first, where the first is rounding too."""
+    scales = torch.tensor([1.0, 30.0, 300.0])
+    y = torch.full((3,), start)
+    found = lower_solution(lambda y: torch.cosh(y - 1.0 / 3.0) @ scales, y, 12)
+    again = lower_solution(lambda y: torch.cosh(y - 1.0 / 3.0) @ scales, found.y, 2)
+    assert found.status is again.status is bl.Status.CONVERGED
+    torch.testing.assert_close(again.y, torch.full_like(y, 1.0 / 3.0), rtol=1e-4, atol=0.0)
+
+
+@pytest.mark.usefixtures("untraced")
+def test_newton_crosses_where_there_is_no_curvature_at_all() -> None:
+    y = torch.tensor([9.0, -9.0], dtype=torch.float64)
+    found = lower_solution(lambda y: torch.nn.functional.huber_loss(y, torch.zeros_like(y)), y, 12)
+    assert found.status is bl.Status.CONVERGED
+    torch.testing.assert_close(found.y, torch.zeros_like(y))
+
+
+@pytest.mark.usefixtures("untraced")
+def test_newton_is_as_fast_where_the_hessian_is_singular() -> None:
+    y = torch.zeros(30, dtype=torch.float64)
+    found = lower_solution(lambda y: torch.cosh(y.sum() - 1.0), y, 6, CG(max_steps=30))
+    assert found.status is bl.Status.CONVERGED
+    torch.testing.assert_close(found.y, torch.full_like(found.y, 1.0 / 30.0))
+
+
+@pytest.mark.usefixtures("untraced")
+def test_saddle_is_no_lower_solution() -> None:
+    y = torch.zeros(2, dtype=torch.float64)
+    found = lower_solution(lambda y: y[0] * y[1] + (y**4).sum(), y, 4)
     assert found.status is bl.Status.LOWER_UNSOLVED
 
 

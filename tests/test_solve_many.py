@@ -112,6 +112,20 @@ def test_newton_steps_solve_the_lower_levels_of_all_at_once() -> None:
     torch.testing.assert_close(found.x, optimum(data), rtol=1e-6, atol=1e-6)
 
 
+def test_newton_steps_of_many_know_of_each_how_they_ended() -> None:
+    """In float32: at a minimum to the last digits, and at a saddle."""
+    problem = bl.BilevelProblem(
+        lambda x, y, d: ((y - x) ** 2).sum(),
+        lambda x, y, d: torch.cosh(y[0]) + 0.5 * d * y[1] ** 2 + y[1] ** 4 + 0.0 * x.sum(),
+    )
+    solver = bl.HypergradientDescent(
+        bl.Implicit(Dense(), bl.optim.Newton(max_steps=8)), upper_optimizer=sgd(0.4)
+    )
+    x0, y0 = torch.ones(2, 2), torch.tensor([[0.7, 0.0]]).expand(2, 2)
+    found = bl.solve_many(problem, solver, x0, y0, torch.tensor([1.0, -1.0]), max_steps=100)
+    assert found.status == (bl.Status.CONVERGED, bl.Status.LOWER_UNSOLVED)
+
+
 def test_ridge_penalties_of_many_data_sets() -> None:
     """One l2 penalty a data set, against the loop of single solves; y is in closed form at every x."""
     generator = torch.Generator().manual_seed(2)

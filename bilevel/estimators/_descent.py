@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel._autodiff import func
-from bilevel.estimators._fixed_steps import FixedSteps, length
+from bilevel.estimators._fixed_steps import FixedSteps, Reached, length
 from bilevel.optim import Torch
 
 _OPTIONS: dict[Any, dict[str, Any]] = {
@@ -42,9 +42,7 @@ class Descent(FixedSteps):
         make = _sgd if self.optimizer is torch.optim.SGD else _adam
         yield from make(self, dict(self.options))
 
-    def minimized(
-        self, fun: Callable[[Tensor], Tensor], y: Tensor, tol: float
-    ) -> tuple[Tensor, Tensor]:
+    def minimized(self, fun: Callable[[Tensor], Tensor], y: Tensor, tol: float) -> Reached:
         """See `FixedSteps.minimized`."""
         gradient = func.grad(fun)
         g = gradient(y)
@@ -53,7 +51,7 @@ class Descent(FixedSteps):
             g = gradient(y) if t else g
             new = rule(y, g)
             y = torch.where(length(g) > tol * first, new, y) if tol else new
-        return y, first
+        return y, first, torch.zeros_like(first)
 
     def cost(self, n: int) -> tuple[int, int, int]:
         """See `FixedSteps.cost`."""

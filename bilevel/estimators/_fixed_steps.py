@@ -8,17 +8,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+#: y, the length of the first gradient, and what the steps know of y beside its gradient: 1 that its value can fall no
+#: further than it rounds, -1 that the curvature there is negative, 0 nothing.
+Reached = tuple[Tensor, Tensor, Tensor]
+
 
 class FixedSteps(ABC):
     """The same operations on tensors whatever the numbers are, which can be traced and batched."""
 
     @abstractmethod
-    def minimized(
-        self, fun: Callable[[Tensor], Tensor], y: Tensor, tol: float
-    ) -> tuple[Tensor, Tensor]:
-        """Where the steps lead from y, and the length of the first gradient.
+    def minimized(self, fun: Callable[[Tensor], Tensor], y: Tensor, tol: float) -> Reached:
+        """Where the steps lead from y, shape (n,).
 
-        Steps after the gradient has fallen to `tol` times that change nothing.
+        Steps after the gradient has fallen to `tol` times the first one change nothing.
         """
 
     @abstractmethod

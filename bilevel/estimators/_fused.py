@@ -67,14 +67,14 @@ class FusedImplicit(Fused):
             def slope(u: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
                 return func.grad_and_value(lower, argnums=1)(u, w)
 
-            y, first = self.steps.minimized(lambda w: lower(x, w), y, self.tol)
+            y, first, knows = self.steps.minimized(lambda w: lower(x, w), y, self.tol)
             g, pull, f = func.vjp(slope, x, y, has_aux=True)
             (upper_x, b), F = func.grad_and_value(upper, argnums=(0, 1))(x, y)
             v = _solved(pull, b, v0, self.linear)
             mixed, product = pull(v)
             grad = upper_x - mixed
             lengths = [length(part) for part in (product - b, b, v, grad)]
-            parts = [F, f, length(g), first, *lengths]
+            parts = [F, f, length(g), first, *lengths, knows]
             return grad, y, v, torch.stack([part.to(y.dtype) for part in parts])
 
         return found
@@ -84,13 +84,13 @@ class FusedImplicit(Fused):
     ) -> Estimate:
         """See `Fused.estimate`."""
         grad, y, v, _ = found
-        upper, lower, lower_residual, first, linear_residual, upper_y, adjoint, _ = numbers
+        upper, lower, lower_residual, first, linear_residual, upper_y, adjoint, _, knows = numbers
         scale = max(first, float((memory or {}).get("scale", 0.0)))
         residual = linear_residual / (upper_y or 1.0)
         status = Status.CONVERGED
         if not math.isfinite(sum(numbers)):
             status = Status.NONFINITE
-        elif not lower_residual <= self.tol * scale:
+        elif knows < 0.0 or (knows == 0.0 and not lower_residual <= self.tol * scale):
             status = Status.LOWER_UNSOLVED
         elif not residual <= linear_tolerance(y.dtype):
             status = Status.LINEAR_UNSOLVED
