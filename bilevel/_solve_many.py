@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import astuple, dataclass, replace
 from functools import partial
@@ -15,15 +14,14 @@ from bilevel import _tree
 from bilevel._autodiff import func
 from bilevel._errors import StructureError, check_count, check_kind
 from bilevel._problem import BilevelProblem, lower_value, ravel, split_data, upper_value
+from bilevel._runs import Runs
 from bilevel._solution import Evaluations, Status, table
 from bilevel._types import Tree
-from bilevel.estimators import Implicit, Unrolled, check_problem, refuse_constraints
+from bilevel.estimators import Estimate, Implicit, Unrolled, check_problem, refuse_constraints
 from bilevel.estimators._descent import Descent, descent
-from bilevel.estimators._fused import FIRST, Fused
+from bilevel.estimators._fused import Fused
 from bilevel.optim import Torch
 from bilevel.solvers import HypergradientDescent
-
-linalg: Any = torch.linalg  # its stubs are untyped
 
 
 @dataclass(frozen=True)
@@ -84,8 +82,8 @@ def solve_many(
     Args:
         problem: The two objectives of one problem, made of operations that `torch.func.vmap` can map.
         solver: A `HypergradientDescent` of a fixed number of operations: its estimator `Unrolled`, or `Implicit` with
-            `linear.CG(max_steps=...)` or `linear.Dense()` and a `minimizer` of `optim.Torch`; its `upper_optimizer`
-            an `optim.Torch`; of SGD, Adam or AdamW.
+            `linear.CG(max_steps=...)` or `linear.Dense()` and the `minimizer` `optim.Newton(max_steps=...)` or an
+            `optim.Torch`; its `upper_optimizer` an `optim.Torch`; each `Torch` of SGD, Adam or AdamW.
         x0: Where the upper variables start, each leaf with a leading axis of K; not modified.
         y0: Where the lower variables start, likewise.
         data: A `Batch`, or what both objectives get as their third argument: None, or a tree of tensors with a
@@ -95,7 +93,7 @@ def solve_many(
     Returns:
         The answers. A failure is a status, and stops no other problem: CONVERGED, MAX_STEPS or NONFINITE, with the
         last finite variables; and where a problem converged whose last hypergradient is not to be trusted, that of
-        the estimate.
+        the estimate. MAX_STEPS says only that x still moved, and nothing of the lower problem.
 
     Raises:
         StructureError: A leaf has no leading axis of the size of the others.
@@ -130,70 +128,37 @@ def solve_many(
     check_kind("solve_many(solver=...)", solver, HypergradientDescent, mend)
     refuse_constraints(problem, "solve_many")
     fused, steps = _fixed(solver, max_steps)
-    count = _count(x0, y0, data)
+    _check_axis(x0, y0, data)
     one_x, one_y, one_data = (_first(tree) for tree in (x0, y0, data))
     check_problem(problem, one_x, one_y, one_data)
     flat, _, unravel_x, unravel_y = ravel(problem, _tree.detach(one_x), _tree.detach(one_y))
     parts = split_data(data)
     mapped = tuple(_axes(part) for part in parts)
-
-    x, y = func.vmap(_vector)(_tree.detach(x0)), func.vmap(_vector)(_tree.detach(y0))
-    if flat.domain is not None:
-        x = func.vmap(flat.domain)(x)
     evaluate = func.vmap(fused.program(flat), in_dims=(0, 0, 0, *mapped))
-    warm = torch.zeros_like(y)
-    active = torch.ones(count, dtype=torch.bool, device=x.device)
-    converged, spoiled = ~active, ~active
-    taken = torch.zeros(count, dtype=torch.int64, device=x.device)
-    last = torch.zeros(count, 0)  # measured numbers of each, as `Fused.estimate` takes them
-    scale = torch.zeros_like(taken, dtype=x.dtype)  # largest gradient of f a solve began with
-    length = torch.full((count,), math.inf, dtype=x.dtype, device=x.device)
-    step = 0
+    project = func.vmap(flat.domain) if flat.domain is not None else _same
+    x, y = func.vmap(_vector)(_tree.detach(x0)), func.vmap(_vector)(_tree.detach(y0))
+    runs = Runs.at(project(x), y)
     for rule in steps.rules():
-        step += 1
-        grad, new_y, new_warm, numbers = evaluate(x, y, warm, *parts)
-        new_x = rule(x, grad)
-        if flat.domain is not None:
-            new_x = func.vmap(flat.domain)(new_x)
-        finite = torch.isfinite(numbers).all(1) & torch.isfinite(new_x).all(1)
-        goes = active & finite
-        spoiled = spoiled | (active & ~finite)
-        size = linalg.vector_norm(x, dim=1).clamp(min=1e-3 * math.sqrt(x.shape[1]))
-        arrives = goes & (linalg.vector_norm(new_x - x, dim=1) <= solver.rtol * size)
-        x, y, warm = _where(goes, new_x, x), _where(goes, new_y, y), _where(goes, new_warm, warm)
-        last = numbers if step == 1 else _where(goes, numbers, last)
-        scale = torch.where(goes, torch.maximum(scale, numbers[:, FIRST]), scale)
-        length = torch.where(goes, linalg.vector_norm(grad, dim=1), length)
-        taken, converged, active = taken + goes, converged | arrives, goes & ~arrives
-        if not bool(active.any()):
+        found = evaluate(runs.x, runs.y, runs.warm, *parts)
+        runs = runs.after(found, project(rule(runs.x, found[0])), solver.rtol)
+        if not bool(runs.goes.any()):
             break
 
-    rows: Any = last.tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-
-    def of_one(k: int, numbers: list[float]) -> Status:
-        """By the same rules as of a single estimate."""
-        if spoiled[k]:
-            return Status.NONFINITE
-        if not converged[k]:
-            return Status.MAX_STEPS
-        memory = {"scale": float(scale[k])}
-        return fused.estimate((x[k], y[k], warm[k], x[k]), numbers, True, memory).status
-
     values = [
-        func.vmap(partial(fun, flat), in_dims=(0, 0, axes))(x, y, part)
+        func.vmap(partial(fun, flat), in_dims=(0, 0, axes))(runs.x, runs.y, part)
         for fun, axes, part in zip((upper_value, lower_value), mapped, parts, strict=True)
     ]
-    once = fused.estimate((x[0], y[0], warm[0], x[0]), rows[0], True, None).evaluations
+    last = _estimates(fused, runs)
+    cost = Evaluations(*(runs.steps * calls for calls in astuple(last[0].evaluations)))
     return Solutions(
-        x=func.vmap(unravel_x)(x),
-        y=func.vmap(unravel_y)(y),
-        status=tuple(of_one(k, numbers) for k, numbers in enumerate(rows)),
+        x=func.vmap(unravel_x)(runs.x),
+        y=func.vmap(unravel_y)(runs.y),
+        status=tuple(_status(runs, k, one.status) for k, one in enumerate(last)),
         upper=values[0],
         lower=values[1],
-        hypergradient=length,
-        steps=taken,
-        evaluations=Evaluations(*(step * calls for calls in astuple(once)))
-        + Evaluations(upper=1, lower=1),
+        hypergradient=runs.length,
+        steps=runs.taken,
+        evaluations=cost + Evaluations(upper=1, lower=1),
         seconds=time.perf_counter() - began,
     )
 
@@ -216,8 +181,8 @@ def _fixed(solver: HypergradientDescent, max_steps: int) -> tuple[Fused, Descent
     return estimator.fused, replace(steps, rates=tuple(rate(t) for t in range(max_steps)))
 
 
-def _count(x: Tree, y: Tree, data: Any) -> int:
-    """K."""
+def _check_axis(x: Tree, y: Tree, data: Any) -> None:
+    """Refuse trees whose leaves have no leading axis of one size, K."""
     _tree.check_variable(x, "x0")
     _tree.check_variable(y, "y0")
     count = (*_tree.leaves(x)[0].shape, 0)[0]
@@ -230,7 +195,24 @@ def _count(x: Tree, y: Tree, data: Any) -> int:
                     f"{count} as in x0. Got {type(leaf).__name__ if shape is None else f'shape {shape}'}. "
                     "Stack the problems, e.g. with `torch.stack`; what all share goes into the objectives."
                 )
-    return count
+
+
+def _estimates(fused: Fused, runs: Runs) -> list[Estimate]:
+    """The last estimate of each run."""
+    rows: Any = runs.numbers.tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    scales: Any = runs.scale.tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    found = zip(runs.x, runs.y, runs.warm, runs.numbers, strict=True)
+    return [
+        fused.estimate(one, numbers, True, {"scale": scale})
+        for one, numbers, scale in zip(found, rows, scales, strict=True)
+    ]
+
+
+def _status(runs: Runs, k: int, of_estimate: Status) -> Status:
+    """How run k ended; only where it converged is the last estimate asked."""
+    if runs.converged[k]:
+        return of_estimate
+    return Status.MAX_STEPS if runs.goes[k] else Status.NONFINITE
 
 
 def _first(tree: Tree) -> Tree:
@@ -246,5 +228,5 @@ def _vector(tree: Tree) -> Tensor:
     return _tree.ravel(tree)[0]
 
 
-def _where(condition: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    return torch.where(condition[:, None], new, old)
+def _same(x: Tensor) -> Tensor:
+    return x
