@@ -59,14 +59,12 @@ def contenders(work: Work, truth: Tensor, tolerance: float) -> list[Contender]:
     rtol = 0.1 * tolerance  # of the linear system, and of Newton's method
     inexact = bl.Implicit(bl.linear.CG(rtol=rtol), tol=rtol)
     picked = recommended(work, tolerance)
-    newton = bl.Implicit(
-        bl.linear.Dense(), bl.optim.Newton(max_steps=work.newton_steps or 1), compile=True
-    )
-    in_one_graph = Contender(
-        OURS,
-        f"{work.newton_steps} Newton + Dense, compile=True",
-        prepared(lambda _: ours.compiled(work, newton), [0]),
-    )
+
+    def in_one_graph(count: int) -> Contender:
+        newton = bl.Implicit(bl.linear.Dense(), bl.optim.Newton(max_steps=count), compile=True)
+        name = f"{count} Newton + Dense, compile=True"
+        return Contender(OURS, name, prepared(lambda _: ours.compiled(work, newton), [0]))
+
     return [
         Contender(FLOOR, CG, steps(lambda n: by_hand.implicit(work, n, rtol, products))),
         Contender(FLOOR, UNROLLED, steps(lambda n: by_hand.unrolled(work, n))),
@@ -77,7 +75,7 @@ def contenders(work: Work, truth: Tensor, tolerance: float) -> list[Contender]:
         ),
         Contender(OURS, "Newton + CG, to the tolerance", once(inexact)),
         Contender(OURS, f"{_name(picked)}, as recommended", once(picked)),
-        *([in_one_graph] if work.newton_steps else []),
+        *([in_one_graph(work.newton_steps)] if work.newton_steps else []),
         Contender(
             "TorchOpt", CG, steps(lambda n: peer("TorchOpt", "implicit", work, n, rtol, products))
         ),

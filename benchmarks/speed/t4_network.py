@@ -79,9 +79,8 @@ def tables(rules: Rules) -> str:
 
         def extra(result: Result, answer: Answer, truth: Tensor = truth) -> list[str]:
             apart = relative_error(answer.value, truth)
-            memory = (
-                "" if answer.cold else mebibytes(result)
-            )  # inside of a graph it cannot be counted
+            # Inside of a graph memory cannot be counted.
+            memory = mebibytes(result) if answer.cold is None else ""
             return [memory, f"{apart:.0e}", cold(answer)]
 
         columns = "MiB", "apart", "s to compile"

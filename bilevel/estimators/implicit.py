@@ -59,11 +59,12 @@ class Implicit(Estimator):
             residuals: a bound to first order, by one Newton step and one linear solve more, which `evaluations`
             count. Not with a `condition`.
         compile: Whether `torch.compile` makes one graph of the lower steps, the linear system and the hypergradient:
-            the same numbers many times faster where the problem is small, for half a minute at the first call. It
-            takes a fixed number of steps, which end early in their effect and not in time: `minimizer` must be
-            `Newton(max_steps=...)`, whose every step forms the Hessian, or a `Torch` of SGD, Adam or AdamW, and
-            `linear` `CG(max_steps=...)` or `Dense()`. What is compiled is kept with the problem, so make that once,
-            and give what changes as data.
+            the same numbers many times faster where the problem is small, for half a minute or more at the first
+            call, as the graph grows with the steps. It takes a fixed number of steps, which end early in their effect
+            and not in time: `minimizer` must be `Newton(max_steps=...)`, whose every step forms the Hessian and which
+            then leaves no saddle that it starts at, or a `Torch` of SGD, Adam or AdamW, and `linear`
+            `CG(max_steps=...)` or `Dense()`. What is compiled is kept with the problem, so make that once, and give
+            what changes as data.
 
     Raises:
         ValueError: `tol` is negative, a `minimizer` is given beside a `condition`, or `compile` beside a part that
