@@ -35,7 +35,7 @@ from noise import noise
 from photographs import bundled, list_images, load_image
 from scores import channels_first, psnr, round8, ssim
 from tiles import restore
-from weights import DENOISER, load_weights
+from weights import DENOISER, JPEG_DENOISER, load_weights
 
 CROP = 256
 WINDOW = 64  # of local statistics: the patches of most training steps
@@ -47,7 +47,7 @@ class Arguments:
     """Compares denoisers on crops of photographs.
 
     Attributes:
-        weights: of EchoIR, trained to denoise.
+        weights: of EchoIR, trained to denoise; those that restore.py takes, if none are given.
         data: folder of clean photographs; those that come with packages and are held out, if none is given.
         sigmas: standard deviations of the noise, in units of 1 / 255.
         per_photograph: crops of one photograph at most.
@@ -55,7 +55,7 @@ class Arguments:
             JPEG files have them; not at all, if none is given.
     """
 
-    weights: Path = DENOISER
+    weights: Path | None = None
     data: Path | None = None
     sigmas: tuple[float, ...] = (15.0, 25.0, 50.0)
     per_photograph: int = 2
@@ -173,7 +173,7 @@ def main(a: Arguments):
         raise ValueError("`--sigmas` must be one number or more. Got none. Use e.g. 25.")
     for sigma in a.sigmas:
         degradation("denoise", sigma)  # refuses what no noise has
-    clean, ours = crops(a), echoir(a.weights)
+    clean, ours = crops(a), echoir(a.weights or (DENOISER if a.jpeg is None else JPEG_DENOISER))
     methods: dict[str, Denoiser] = {"noisy": lambda noisy, _: noisy, **peers(), **ours}
     rows: list[list[str]] = []
     for name, denoise in methods.items():

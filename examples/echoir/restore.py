@@ -1,4 +1,4 @@
-"""Restores images: removes noise, with the weights that lie in denoiser/, or does what others were trained to.
+"""Restores images: removes noise, with the weights that lie beside it, or does what others were trained to.
 
     python examples/echoir/restore.py PHOTO.jpg                      # to restored/PHOTO.jpg
     python examples/echoir/restore.py PHOTO.jpg FOLDER 'ALBUM/**/*.tif' --output clean
@@ -12,7 +12,7 @@ Images of the same names, formats, bit depths and metadata come out. Exit codes:
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -26,9 +26,10 @@ from rich.console import Console
 from rich.progress import track
 from tiles import Scope, restore, restore_with
 from torch import Tensor
-from weights import DENOISER, load_weights
+from weights import DENOISER, JPEG_DENOISER, load_weights
 
 FAILED = 1
+Restorer = Callable[[Tensor], Tensor]  # maps (3, H, W) in [0, 1] to the same
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,8 @@ class Arguments:
     Attributes:
         inputs: image files, folders of them (not of their subfolders), or patterns with *, ? and **.
         output: folder for the restored images; made if it does not exist.
-        weights: file written by train.py, or by export.py, which onnxruntime runs; those of a blind
-            denoiser, for noise of sigma 5 to 50 that is independent from pixel to pixel, by default. JPEG
-            files that halve the resolution of colors are hardly improved.
+        weights: file written by train.py, or by export.py, which onnxruntime runs. By default those of blind
+            denoisers, for noise of sigma 5 to 50: one for JPEG files, which blur the noise, one for others.
         device: `cpu`, `cuda`, ...; the fastest there is, by default.
         amp: compute in bfloat16.
         tile: larger images are cut into tiles of this size; lower it if memory runs out.
@@ -53,7 +53,7 @@ class Arguments:
 
     inputs: tyro.conf.Positional[tuple[str, ...]]
     output: Path = Path("restored")
-    weights: Path = DENOISER
+    weights: Path | None = None
     device: str | None = None
     amp: bool = False
     tile: int = 512
@@ -65,18 +65,16 @@ class Arguments:
 
 def main(a: Arguments):
     jobs = find_jobs(a.inputs, a.output)
-    function = load(a)
-    if a.self_ensemble:
-        function = self_ensemble(function)
+    restorer = restorers(a)
+    restorer("PNG")  # what is wrong with the arguments shows now
     make_folder(a.output)
-    function(torch.zeros(3, 8, 8))  # what is wrong with the arguments shows now
     console, problems = Console(), Console(stderr=True, soft_wrap=True, highlight=False)
     if others := left_out(a.inputs):
         console.print(others, markup=False, highlight=False, soft_wrap=True)
     done = 0
     for job in track(jobs, "restoring", console=console):
         try:
-            restore_file(job, function)
+            restore_file(job, restorer)
             done += 1
         except ValueError as error:  # of this file: the others may be well
             problems.print(str(error), markup=False)
@@ -85,37 +83,51 @@ def main(a: Arguments):
         sys.exit(FAILED)
 
 
-def load(a: Arguments) -> Callable[[Tensor], Tensor]:
-    """The function that restores an image, (3, H, W), as the arguments want it."""
+def restorers(a: Arguments) -> Callable[[str], Restorer]:
+    """By the format of a file, the function that restores its image; weights are loaded when one needs them."""
+
+    @cache
+    def with_weights(weights: Path) -> Restorer:
+        function = load(a, weights)
+        if a.self_ensemble:
+            function = self_ensemble(function)
+        function(torch.zeros(3, 8, 8))
+        return function
+
+    return lambda kind: with_weights(a.weights or (JPEG_DENOISER if kind == "JPEG" else DENOISER))
+
+
+def load(a: Arguments, weights: Path) -> Restorer:
+    """The function that restores an image with such weights, as the arguments want it."""
     if a.window is not None and a.statistics != "local":
         raise ValueError(
             "`--window` must come with --statistics local, which alone has windows. Got --window "
             f"{a.window} with --statistics {a.statistics}. Add it, or leave --window out."
         )
     tiles = {"tile": a.tile, "overlap": a.overlap}
-    if a.weights.suffix == ".onnx":
+    if weights.suffix == ".onnx":
         if a.statistics == "local" or a.amp or a.device not in (None, "cpu"):
             raise ValueError(
                 "An exported network must run as it was exported: on the CPU, in float32, without "
                 f"local statistics. Got device={a.device}, amp={a.amp}, statistics={a.statistics}. "
                 "Use the weights that it was exported from."
             )
-        network = OnnxNetwork(a.weights)
+        network = OnnxNetwork(weights)
         whole = a.statistics == "whole"
         return partial(restore_with, network, whole=whole, multiple=network.multiple, **tiles)
     device = pick_device(a.device)
-    net, _ = load_weights(a.weights, device)
+    net, _ = load_weights(weights, device)
     chosen = {"statistics": a.statistics, "multiple": net.config.multiple}
     if a.window is not None:
         chosen["window"] = a.window
     return partial(restore, net, device=device, amp=a.amp, **tiles, **chosen)
 
 
-def restore_file(job: Job, function: Callable[[Tensor], Tensor]):
+def restore_file(job: Job, restorer: Callable[[str], Restorer]):
     """Restores one file into another; nothing is written where it cannot be."""
     image = read_image(job.source)
     make_folder(job.target.parent)
-    write_image(job.target, image.restored(function))
+    write_image(job.target, image.restored(restorer(image.format)))
 
 
 def make_folder(folder: Path):

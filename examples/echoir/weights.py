@@ -13,8 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from whole_file import replacing
 
-# A blind denoiser; its arguments and its log lie beside it.
+# Blind denoisers, of noise that is independent from pixel to pixel and of what JPEG files make of it; the
+# arguments and the log of each lie beside it.
 DENOISER = Path(__file__).parent / "denoiser" / "weights.safetensors"
+JPEG_DENOISER = Path(__file__).parent / "denoiser_jpeg" / "weights.safetensors"
 
 
 def save_weights(path: Path, net: EchoIR, about: dict[str, Any]):

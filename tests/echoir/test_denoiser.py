@@ -1,4 +1,4 @@
-"""The denoiser that the repository holds: it is what its file says, and restore.py takes it by default."""
+"""The denoisers that the repository holds: each is what its file says, and restore.py takes them by default."""
 
 import json
 import subprocess
@@ -7,13 +7,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from model import PRESETS, count
+from model import PRESETS
 from noise import noise
 from photographs import bundled
 from PIL import Image
 from scenes import EXAMPLE
 from scores import channels_first, psnr, round8
-from weights import DENOISER, load_weights
+from weights import DENOISER, JPEG_DENOISER, load_weights
 
 CPU = torch.device("cpu")
 
@@ -26,15 +26,19 @@ def crop():
     return cat[top : top + 256, left : left + 256].astype(np.float32) / 255
 
 
-def test_its_file_is_small_and_says_how_it_was_made():
-    net, about = load_weights(DENOISER, CPU)
-    assert DENOISER.stat().st_size < 5e6
-    assert sum(p.numel() for p in net.parameters()) == count(PRESETS["cpu_deep"])["parameters"]
+@pytest.mark.parametrize(
+    ("file", "preset", "jpeg"), [(DENOISER, "cpu_deep", 0.0), (JPEG_DENOISER, "cpu_deeper", 0.25)]
+)
+def test_its_file_is_small_and_says_how_it_was_made(file, preset, jpeg):
+    net, about = load_weights(file, CPU)
+    assert file.stat().st_size < 5e6
+    assert net.config == PRESETS[preset]
     assert (about["method"], about["task"], about["sigma"]) == ("asblo", "denoise", [5, 50])
-    arguments = json.loads(DENOISER.with_name("arguments.json").read_text())
-    log = DENOISER.with_name("metrics.jsonl").read_text()
+    arguments = json.loads(file.with_name("arguments.json").read_text())
+    log = file.with_name("metrics.jsonl").read_text()
     rows = [json.loads(line) for line in log.splitlines()]
     assert (arguments["sigma"], arguments["seed"]) == ([5, 50], 0)
+    assert (arguments["preset"], arguments.get("jpeg", 0.0)) == (preset, jpeg)
     assert rows[-1]["step"] == about["steps"] == sum(arguments["stages"])
 
 
@@ -48,11 +52,26 @@ def test_it_denoises_without_being_told_sigma(crop, sigma, reached):
     assert psnr(round8(restored), channels_first(crop)) > reached
 
 
+def error_left(folder, name, truth):
+    """The share of the squared error of a file's image that restore.py leaves."""
+    command = [sys.executable, EXAMPLE / "restore.py", name, "--device", "cpu"]
+    subprocess.run([str(c) for c in command], cwd=folder, check=True, capture_output=True)
+    images = (
+        np.asarray(Image.open(folder / f), np.float64) / 255 for f in (name, f"restored/{name}")
+    )
+    before, after = (np.mean((image - truth) ** 2) for image in images)
+    return after / before
+
+
 def test_restore_takes_it_by_default(crop, tmp_path):
     noisy = noise(crop, np.random.default_rng(0), 25).clip(0, 1)
     Image.fromarray((noisy * 255).round().astype(np.uint8)).save(tmp_path / "cat.png")
-    command = [sys.executable, EXAMPLE / "restore.py", "cat.png", "--device", "cpu"]
-    subprocess.run([str(c) for c in command], cwd=tmp_path, check=True, capture_output=True)
-    restored = np.asarray(Image.open(tmp_path / "restored" / "cat.png"), np.float64) / 255
-    error, before = (np.mean((image - crop) ** 2) for image in (restored, noisy))
-    assert error < before / 7
+    assert error_left(tmp_path, "cat.png", crop) < 1 / 7
+
+
+def test_restore_takes_another_for_jpeg_files(crop, tmp_path):
+    """They halve the resolution of colors, and their noise is not independent any more."""
+    noisy = noise(crop, np.random.default_rng(0), 25).clip(0, 1)
+    picture = Image.fromarray((noisy * 255).round().astype(np.uint8))
+    picture.save(tmp_path / "cat.jpg", quality=95, subsampling="4:2:0")
+    assert error_left(tmp_path, "cat.jpg", crop) < 1 / 3

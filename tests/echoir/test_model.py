@@ -78,6 +78,7 @@ def test_counts_of_the_other_presets():
     assert count(PRESETS["small"], 64)["parameters"] == 882_361
     assert count(PRESETS["cpu"], 64)["parameters"] == 881_755
     assert count(PRESETS["cpu_deep"], 64)["parameters"] == 1_022_240
+    assert count(PRESETS["cpu_deeper"], 64)["parameters"] == 1_134_628
 
 
 def test_json_has_one_row_for_each_ablation():
