@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -103,8 +104,9 @@ def solve(
     data: list[Any] = [None]
     watched = None if batches is None else _watch(batches, data)
     started = time.perf_counter()
-    state: State | None = None
-    for state in iterate(problem, solver, x0, y0, watched):
+    states = iterate(problem, solver, x0, y0, watched)
+    state = first = next(states)
+    for state in itertools.chain([first], states):
         asked = callback is not None and callback(state)
         if state.status is not Status.RUNNING:
             break
@@ -114,8 +116,6 @@ def solve(
         if state.step >= max_steps:
             state = replace(state, status=Status.MAX_STEPS)
             break
-    if state is None:
-        raise RuntimeError("the solver yielded no state")
     if state.status is Status.RUNNING:
         state = replace(state, status=Status.MAX_STEPS)
     if throw and state.status.is_failure:

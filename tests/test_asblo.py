@@ -346,3 +346,31 @@ def test_pessimistic_form_refuses_lower_constraints() -> None:
         solved(
             problem, torch.zeros(1).double(), torch.zeros(1).double(), bl.ASBLO(pessimistic=True)
         )
+
+
+def test_upper_level_that_draws_y_out_of_the_domain_of_f_is_nonfinite() -> None:
+    """F wants y = -1, where f has no logarithm; x and y stay where they were given."""
+    problem = bl.BilevelProblem(
+        lambda x, y, data: ((y + 1.0) ** 2 + x**2).sum(),
+        lambda x, y, data: (y - x * torch.log(y)).sum(),
+    )
+    one = torch.ones(1).double()
+    found = bl.solve(problem, bl.ASBLO(), one, one, max_steps=50, throw=False)
+    assert found.status is bl.Status.NONFINITE
+    assert torch.equal(found.x, one)
+    assert torch.equal(found.y, one)
+    assert math.isfinite(found.upper)
+
+
+def test_losses_by_sample_are_those_of_their_mean() -> None:
+    """y = mean of (x, 2 x, 3 x), so that F = (2 x - 1)^2."""
+    factors = torch.tensor([1.0, 2.0, 3.0]).double()
+    problem = bl.BilevelProblem(
+        lambda x, y, data: ((y - 1.0) ** 2).sum(),
+        lambda x, y, data: (y - x * factors) ** 2,
+        per_sample=True,
+    )
+    zero = torch.zeros(1).double()
+    found = bl.solve(problem, bl.ASBLO(), zero, zero, max_steps=300)
+    assert float(found.x) == pytest.approx(0.5, abs=1e-5)
+    assert float(found.y) == pytest.approx(1.0, abs=1e-5)

@@ -195,3 +195,106 @@ def test_certificate_counts_the_local_solves_that_were_made() -> None:
     assert len(low) >= 1
     text = bl.certify(root, X, Y).assumptions[0]
     assert f"the lowest of {9 - skipped + len(low)} local solves" in text
+
+
+def toward(*target: float, **options: object) -> bl.BilevelProblem:
+    """F = |y - target|^2 with y = x."""
+    aim = torch.tensor(target, dtype=torch.float64)
+    return bl.BilevelProblem(
+        lambda x, y, data: ((y - aim) ** 2).sum(),
+        lambda x, y, data: ((y - x) ** 2).sum(),
+        **options,  # pyright: ignore[reportArgumentType]
+    )
+
+
+def to_ball(x: Tensor) -> Tensor:
+    return x / max(1.0, float(x.norm()))
+
+
+def test_answer_on_the_edge_of_any_domain_is_stationary() -> None:
+    edge = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    good = bl.certify(toward(2.0, 0.0, domain=to_ball), edge, edge)
+    assert good.is_trusted
+    assert good.hypergradient == 0.0
+    beside = edge.flip(0)
+    bad = bl.certify(toward(2.0, 0.0, domain=to_ball), beside, beside)
+    assert "x is not stationary" in bad.verdict
+    # y - 1 step along -(-4, 2) from (0, 1), back to the ball
+    moved = to_ball(torch.tensor([4.0, -1.0], dtype=torch.float64))
+    assert bad.hypergradient == pytest.approx(float((beside - moved).norm()))
+
+
+def test_domain_and_upper_constraint_are_assumed_not_to_hold_x_together() -> None:
+    edge = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    both = toward(2.0, 0.0, domain=to_ball, upper_constraint=lambda x, y, data: x[1:] - 0.5)
+    found = bl.certify(both, edge, edge)
+    assert found.is_trusted
+    assert "the domain and the upper constraints do not hold x together" in found.assumptions
+
+
+def test_hypergradient_along_an_active_upper_constraint_is_not_stationary() -> None:
+    """F falls along the wall x1 = 1, whose multiplier takes the other half of the slope (-4, -2)."""
+    x = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    walled = toward(3.0, 1.0, upper_constraint=lambda x, y, data: x[:1] - 1.0)
+    bad = bl.certify(walled, x, x)
+    assert "x is not stationary" in bad.verdict
+    assert bad.hypergradient == pytest.approx(2.0)
+    best = torch.ones(2, dtype=torch.float64)
+    good = bl.certify(walled, best, best)
+    assert good.is_trusted
+    assert good.hypergradient == pytest.approx(0.0, abs=1e-12)
+
+
+def test_lower_solution_that_ends_within_a_step_of_x_leaves_no_verdict() -> None:
+    """y = 1 / (1 - x) exists up to x = 1 alone."""
+    curved = bl.BilevelProblem(
+        lambda x, y, data: -x.sum() + 0.0 * y.sum(),
+        lambda x, y, data: (0.5 * (1.0 - x) * y**2 - y).sum(),
+    )
+    x = torch.tensor([0.9995], dtype=torch.float64)
+    found = bl.certify(curved, x, 1.0 / (1.0 - x))
+    assert found.problems == ()
+    assert "the lower problem has no smooth solution next to x" in found.verdict
+
+
+def test_large_singular_lower_hessian_leaves_the_values_to_judge() -> None:
+    """Only the sum of y is determined: conjugate gradients do not solve for the slope of F in y."""
+    many = bl.BilevelProblem(
+        lambda x, y, data: ((y - 1.0) ** 2).sum(),
+        lambda x, y, data: (y.sum() - x.sum()) ** 2,
+        upper_constraint=lambda x, y, data: y[:1] - 5.0,
+    )
+    found = bl.certify(many, X, torch.full((300,), 0.5 / 300.0, dtype=torch.float64))
+    assert found.hypergradient is None
+    assert "the linear system of the lower Hessian was not solved" in found.verdict
+
+
+@pytest.mark.slow
+def test_many_lower_variables_with_constraints_are_judged_by_values() -> None:
+    large = toward(1.0, lower_constraint=lambda x, y, data: y.sum() - 1e3)
+    one = torch.ones(1, dtype=torch.float64)
+    found = bl.certify(large, one, one.expand(260).clone())
+    assert found.is_trusted
+    assert found.hypergradient is None
+    assert "there are more than 256 lower variables" in found.tested[0]
+    assert not bl.certify(large, 1.1 * one, (1.1 * one).expand(260).clone()).is_trusted
+
+
+def test_well_beside_which_f_falls_without_bound_is_no_lower_solution() -> None:
+    well = bl.BilevelProblem(
+        lambda x, y, data: ((y - x) ** 2 + x**2).sum(),
+        lambda x, y, data: (0.5 * y**2 - 0.25 * y**4).sum() + 0.0 * x.sum(),
+    )
+    zero = torch.zeros(1, dtype=torch.float64)
+    found = bl.certify(well, zero, zero)
+    assert "f falls without bound in y" in found.verdict
+    assert found.value_gap == math.inf
+    with pytest.raises(bl.UnboundedError, match="decreases without bound"):
+        bl.solve(well, bl.ASBLO(), zero + 0.1, zero + 0.1, max_steps=50)
+
+
+def test_certificate_of_a_wrong_answer_prints_what_is_wrong() -> None:
+    said = str(bl.certify(problem(), X, Y + 3.0))
+    assert "not to be trusted, 2 found" in said
+    assert "wrong: y does not solve the lower problem: the value gap is 9" in said
+    assert "wrong: y is 3 (root mean square) from the lower solution" in said

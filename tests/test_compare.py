@@ -1,7 +1,9 @@
 import itertools
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -145,3 +147,39 @@ def test_budgets_and_solvers_are_checked() -> None:
     with pytest.raises(TypeError, match="must be an instance of `Solver`"):
         bl.compare(CASE.problem, {"a": bl.Implicit()}, *START, budget=5)  # pyright: ignore[reportArgumentType]
     assert torch.equal(START[0], CASE.x0)
+
+
+class Ends(bl.Solver):
+    """Says after its first step that it is done."""
+
+    def init(self, problem: Any, x0: Any, y0: Any, data: Any, *, full_batch: bool) -> bl.State:
+        return bl.State(x0, y0)
+
+    def step(self, problem: Any, state: bl.State, data: Any) -> bl.State:
+        return replace(state, step=state.step + 1, status=bl.Status.CONVERGED)
+
+
+def test_solver_that_ends_in_its_first_step_has_a_row() -> None:
+    (run,) = bl.compare(CASE.problem, {"ends": Ends()}, *START, budget=300).runs
+    assert run.status is bl.Status.CONVERGED
+    assert run.upper == pytest.approx(float(CASE.problem.upper(*START, None)))
+    assert len(run.costs) == 1
+
+
+def test_memory_is_printed_in_its_unit() -> None:
+    (run,) = bl.compare(CASE.problem, {"ends": Ends()}, *START, budget=300).runs
+    sizes = {1000: "1000 B", 3 << 10: "3 KiB", 5 << 20: "5 MiB", 7 << 30: "7 GiB"}
+    for size, text in sizes.items():
+        assert f"  {text}  " in str(bl.Comparison((replace(run, memory=size),), "none"))
+
+
+def test_plot_leaves_out_a_solver_that_refused(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    constrained = replace(CASE.problem, lower_constraint=lambda x, y, data: y - 100.0)
+    solvers = {"refuses": bl.HypergradientDescent(bl.Implicit()), "ends": Ends()}
+    found = bl.compare(constrained, solvers, *START, budget=1)
+    assert [run.status for run in found.runs] == [None, bl.Status.CONVERGED]
+    found.plot(tmp_path / "runs.svg")
+    drawn = (tmp_path / "runs.svg").read_text()
+    assert "<!-- ends -->" in drawn
+    assert "<!-- refuses -->" not in drawn

@@ -342,3 +342,17 @@ def test_problem_is_copied_and_pickled_without_what_was_compiled() -> None:
     assert not pickle.loads(pickle.dumps(problem.programs))
     assert not replace(problem, upper=problem.lower).programs
     assert pickle.loads(pickle.dumps(method)) == method
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("traced")
+def test_torch_that_cannot_leave_out_guards_gives_the_same_gradient(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(torch.compiler, "skip_guard_on_globals_unsafe", raising=False)
+    problem = quadratic(2, 2, 3.0).problem
+    x, y = start(2, 2)
+    method = bl.Implicit(CG(max_steps=4), steps(max_steps=5))
+    eager = method.estimate(problem, x, y).grad
+    one = replace(method, compile=True).estimate(problem, x, y).grad
+    torch.testing.assert_close(one, eager, rtol=1e-9, atol=1e-11)

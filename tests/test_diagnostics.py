@@ -156,3 +156,14 @@ def test_kink_that_only_the_neighbors_show_leaves_no_check() -> None:
     report = bl.check_hypergradient(kinked, X, X.clone(), bl.Implicit(bl.linear.Dense()))
     assert report.verdict.startswith("no check: the lower problem was not solved next to x")
     assert not report.is_trusted
+
+
+def test_estimate_that_agrees_by_chance_is_told_from_a_trusted_one() -> None:
+    """F does not look at y: one step of the lower problem, unsolved, does no harm to its gradient."""
+    problem = bl.BilevelProblem(
+        lambda x, y, data: (x**2).sum() + 0.0 * y.sum(), lambda x, y, data: ((y - x) ** 2).sum()
+    )
+    report = bl.check_hypergradient(problem, X, Y + 3.0, bl.OneStep(lr=0.1))
+    assert report.error < 1e-6
+    assert not report.is_trusted
+    assert "but the estimate itself says MAX_STEPS" in report.verdict

@@ -179,10 +179,26 @@ class Once(torch.autograd.Function):
         return grad * ctx.saved_tensors[0]
 
 
-def test_value_function_of_what_is_differentiable_once_has_no_finite_bound() -> None:
+class InNumPy(torch.autograd.Function):
+    """The same, whose gradient torch cannot follow: it raises where it is to be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        ctx.save_for_backward(y)
+        return 0.5 * y**2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return torch.from_numpy(grad.numpy() * ctx.saved_tensors[0].numpy())
+
+
+@pytest.mark.parametrize("half_square", [Once, InNumPy])
+def test_value_function_of_what_is_differentiable_once_has_no_finite_bound(
+    half_square: Any,
+) -> None:
     problem = bl.BilevelProblem(
         lambda x, y, data: ((y - 1.0) ** 2).sum(),
-        lambda x, y, data: Once.apply(y - 3.0 * x).sum(),
+        lambda x, y, data: half_square.apply(y - 3.0 * x).sum(),
     )
     method = bl.ValueFunction(
         epsilon=1e-2, tol=1e-3, minimizer=sgd(0.1, max_steps=200), error_bound=True

@@ -445,3 +445,25 @@ def test_ill_conditioned_lower_level_makes_no_step_swing_ever_wider(
     excess = float(value(last.x) - value(best))
     assert excess < left * float(value(x0) - value(best))
     assert last.status is bl.Status.CONVERGED or "still" in last.message
+
+
+def test_lvhba_takes_an_optimizer_of_x() -> None:
+    problem, x_star, y_star, _ = CONSTRAINED["bound on y, active"]
+    zero = torch.zeros(1).double()
+    sgd = bl.optim.Torch(torch.optim.SGD, lr=0.015)
+    last = run(problem, bl.LVHBA(upper_optimizer=sgd), zero, zero, 100)
+    assert float(last.x) == pytest.approx(x_star, abs=2e-2)
+    assert float(last.y) == pytest.approx(y_star, abs=2e-2)
+
+
+def test_lvhba_does_not_call_what_no_y_meets_solved() -> None:
+    """The constraint y^2 + 1 <= 0 has no slope at y = 0 that would lead anywhere."""
+    problem = bl.BilevelProblem(
+        lambda x, y, data: square(x) + square(y),
+        lambda x, y, data: square(y - x),
+        lower_constraint=lambda x, y, data: y**2 + 1.0,
+    )
+    zero = torch.zeros(1).double()
+    last = run(problem, bl.LVHBA(), zero, zero, 50)
+    assert last.status is not bl.Status.CONVERGED
+    assert torch.equal(last.y, zero)

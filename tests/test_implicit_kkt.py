@@ -189,3 +189,66 @@ def test_constraint_that_is_nan_beyond_its_domain() -> None:
         torch.testing.assert_close(found.y, vector(1.0, 1.0, 2.0), atol=1e-8, rtol=0.0)
     outside = bl.hypergradient(logarithm, vector(-2.0, -1.0, 2.0), -CENTER, KKT)
     assert outside.status.is_failure
+
+
+def test_upper_value_that_is_not_finite_is_said() -> None:
+    problem = bl.BilevelProblem(
+        lambda x, y, data: (y + (x - 2.0).sqrt()).sum(),
+        lambda x, y, data: ((y - x) ** 2).sum(),
+        lower_constraint=lambda x, y, data: y - 10.0,
+    )
+    found = KKT.estimate(problem, vector(1.0), vector(0.3))
+    assert found.status is bl.Status.NONFINITE
+
+
+def test_kink_of_f_is_not_called_a_lower_solution() -> None:
+    """The slope of 2 |y - x| + y does not vanish at its minimum, so the KKT equations hold nowhere."""
+    problem = bl.BilevelProblem(
+        lambda x, y, data: ((y - 1.0) ** 2).sum(),
+        lambda x, y, data: (2.0 * (y - x).abs() + y).sum(),
+        lower_constraint=lambda x, y, data: y - 10.0,
+    )
+    found = KKT.estimate(problem, vector(1.0), vector(0.3))
+    assert found.status is bl.Status.LOWER_UNSOLVED
+    assert found.info["lower_residual"] > 0.1
+
+
+def test_lower_objective_that_is_nan_beyond_its_domain() -> None:
+    """y* = 1 / x; the first step of SLSQP from y = 0.9 leaves y > 0. F = y^2 / 2 has the slope -1 / x^3."""
+    problem = bl.BilevelProblem(
+        lambda x, y, data: 0.5 * (y**2).sum(),
+        lambda x, y, data: (x * y - torch.log(y)).sum(),
+        lower_constraint=lambda x, y, data: y - 10.0,
+    )
+    found = KKT.estimate(problem, vector(50.0), vector(0.9))
+    assert found.status is bl.Status.CONVERGED
+    torch.testing.assert_close(found.y, vector(0.02))
+    torch.testing.assert_close(found.grad, vector(-(50.0**-3)))
+
+
+class InNumPy(torch.autograd.Function):
+    """2 y, with a derivative that NumPy computes, one row at a time."""
+
+    @staticmethod
+    def forward(ctx: object, y: Tensor) -> Tensor:
+        return 2.0 * y
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:
+        return torch.from_numpy(2.0 * grad.detach().numpy())
+
+
+def test_constraint_whose_derivative_numpy_computes() -> None:
+    """y1 + y2 = 1 and y1 - y2 = x1 leave y1 = (1 + x1) / 2."""
+    problem = bl.BilevelProblem(
+        lambda x, y, data: y[0] ** 2 + 0.0 * y[1],
+        lambda x, y, data: ((y - x) ** 2).sum(),
+        lower_equality=lambda x, y, data: (
+            InNumPy.apply(torch.stack([y.sum(), y[0] - y[1]]))
+            - 2.0 * torch.stack([1.0 + 0.0 * x[1], x[0]])
+        ),
+    )
+    found = KKT.estimate(problem, vector(0.6, 0.4), vector(1.0, 0.4))
+    assert found.status is bl.Status.CONVERGED
+    torch.testing.assert_close(found.y, vector(0.8, 0.2))
+    torch.testing.assert_close(found.grad, vector(0.8, 0.0))  # 2 y1 / 2

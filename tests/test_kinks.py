@@ -373,3 +373,82 @@ def test_answer_at_a_tie_of_two_wells_was_called_local() -> None:
         assert bl.certify(problem, vector(x), well(x)).problems == ()
     for x in (0.9, 0.98, 1.02, 1.1):
         assert bl.certify(problem, vector(x), well(x)).problems != ()
+
+
+def test_method_for_kinks_stops_where_its_function_is_not_finite() -> None:
+    def nan(y: Tensor) -> float:
+        return math.nan
+
+    found = minimize(lambda y: (math.nan, y), nan, vector(1.0, 2.0), 1.0, 5e-3)
+    assert not found.is_minimum
+    assert math.isnan(found.value)
+
+
+def test_point_that_alone_is_finite_is_a_minimum() -> None:
+    y = vector(1.0, 2.0)
+
+    def value(v: Tensor) -> float:
+        return 3.0 if torch.equal(v, y) else math.inf
+
+    found = minimize(lambda v: (value(v), v), value, y, 1.0, 5e-3)
+    assert found.is_minimum
+    assert torch.equal(found.y, y)
+    assert found.value == 3.0
+
+
+def test_solves_that_do_not_agree_at_x_itself_give_no_verdict() -> None:
+    walked = Directions(lambda x: None, lambda x: x, vector(1.0), 1e-4, 1.0, 1e-12).walk(1.0)
+    assert walked.untested == "two solves of the lower problem do not agree"
+    assert walked.step == 0.0
+
+
+def test_valley_between_the_directions_is_found_by_the_steepest_one() -> None:
+    """F = 1.5 |x1 - x2| - x1 - x2 falls near the diagonal alone, by sqrt(2) of each step at most."""
+
+    def valley(x: Tensor) -> Optimum:
+        return Optimum(float(1.5 * (x[0] - x[1]).abs() - x.sum()), 0.0)
+
+    walked = Directions(valley, lambda x: x, vector(1.0, 1.0), 1e-3, 1.0, 1e-12).walk(-2.0)
+    assert walked.directions == 9  # two axes, two random ones, the opposite of each, and this one
+    assert walked.step == pytest.approx(1e-3)
+    assert 0.0 < walked.fall <= math.sqrt(2.0) * 1e-3
+
+
+def test_step_whose_middle_is_not_solved_is_made_longer() -> None:
+    """F = -x; the lower problem has no solution between 0.4 and 0.6 of the first step of 1e-3."""
+
+    def holed(x: Tensor) -> Optimum | None:
+        return None if 4e-4 < float(x) < 6e-4 else Optimum(-float(x), 0.0)
+
+    walked = Directions(holed, lambda x: x, vector(0.0), 1e-3, 1.0, 1e-12).walk(0.0)
+    assert walked.step == pytest.approx(1e-2)
+    assert walked.fall == pytest.approx(1e-2)
+
+
+def test_wall_beside_a_kink_leaves_no_second_solve_to_compare() -> None:
+    """f is infinite a hair above y = x, where the second solve would start."""
+
+    def walled(x: Tensor, y: Tensor, data: object) -> Tensor:
+        return torch.where(y > x + 3e-3, math.inf, 2.0 * (y - x).abs() + y).sum()
+
+    found = bl.certify(bl.BilevelProblem(toward_one, walled), vector(2.0), vector(2.0))
+    assert "two solves of the lower problem do not agree" in found.verdict
+
+
+def test_upper_value_that_ends_within_a_step_of_x_leaves_no_verdict() -> None:
+    """F = -sqrt(1 - y) with y = x is NaN above x = 1."""
+    problem = bl.BilevelProblem(
+        lambda x, y, data: -(1.0 - y).sqrt().sum(), lambda x, y, data: (y - x).abs().sum()
+    )
+    x = vector(1.0 - 1e-5)
+    found = bl.certify(problem, x, x)
+    assert found.problems == ()
+    assert "do not agree well enough" in found.verdict
+
+
+def test_method_for_kinks_that_runs_away_finds_no_solution() -> None:
+    problem = bl.BilevelProblem(toward_one, lambda x, y, data: -((y - x) ** 4).sum())
+    solver = _search.LowerSolver(Oracle(problem), vector(1.0), None, 1.0, is_smooth=False)
+    found = solver.solve(vector(2.0))
+    assert found.status is bl.Status.LOWER_UNBOUNDED
+    assert found.value == -math.inf

@@ -524,3 +524,14 @@ def test_dense_takes_columns_that_are_there_at_once() -> None:
     assert counted.calls == 0
     CG().solve(Product(counted, lambda: A), b)
     assert counted.calls > 0
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=str)
+def test_product_that_is_zero_leaves_a_finite_answer(solver: LinearSolver) -> None:
+    v = solver.solve(lambda v: 0.0 * v, torch.tensor([1.0, 2.0]).double())
+    assert torch.equal(v, torch.zeros(2).double())
+
+
+def test_gmres_stops_before_a_product_that_is_not_finite() -> None:
+    b = torch.tensor([1.0, 2.0]).double()
+    assert torch.equal(GMRES().solve(lambda v: math.inf * v, b), torch.zeros_like(b))

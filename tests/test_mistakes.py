@@ -46,6 +46,14 @@ def cut(lower: Any, **options: Any) -> Callable[[], object]:
     )
 
 
+def resumed_with_adam() -> object:
+    problem = bl.BilevelProblem(upper, lower)
+    state = next(bl.iterate(problem, bl.HypergradientDescent(bl.Implicit()), X, Y))
+    adam = bl.optim.Torch(torch.optim.Adam, lr=0.1)
+    other = bl.HypergradientDescent(bl.Implicit(), upper_optimizer=adam)
+    return next(bl.iterate(problem, other, state=state))
+
+
 MISTAKES: dict[str, tuple[Callable[[], object], type[Exception], list[str]]] = {
     "upper is no scalar": (
         solve(upper=lambda x, y, d: (y - 1.0) ** 2 + x.sum()),
@@ -446,6 +454,33 @@ MISTAKES: dict[str, tuple[Callable[[], object], type[Exception], list[str]]] = {
         ),
         bl.InfeasibleError,
         ["infeasible: `lower_constraint` must be <= 0, and is violated by 0.3;"],
+    ),
+    "callback is no function": (
+        lambda: bl.solve(
+            bl.BilevelProblem(upper, lower), bl.ASBLO(), X, Y, max_steps=5, callback=3
+        ),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        ["`solve(callback=...)` must be callable", "Got int", "Pass a function of the state"],
+    ),
+    "optimizer that calls the objective itself": (
+        lambda: bl.optim.Torch(torch.optim.LBFGS, lr=1.0),
+        TypeError,
+        ["`Torch(optimizer=...)` must be", "Got LBFGS", "Use `bilevel.optim.QuasiNewton()`"],
+    ),
+    "smooth part of a fixed point is no function": (
+        lambda: bl.fixed_points.prox_gradient(1.0, lambda x, v, lr: v, lr=0.1),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        ["`prox_gradient(smooth=...)` must be callable", "Got float", "a function of (x, y, data)"],
+    ),
+    "prox of a fixed point is no function": (
+        lambda: bl.fixed_points.prox_gradient(lower, None, lr=0.1),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        ["`prox_gradient(prox=...)` must be callable", "Got NoneType", "a function of (x, v, lr)"],
+    ),
+    "state of a run with another optimizer of x": (
+        resumed_with_adam,
+        KeyError,
+        ["While going on from a state, which must come from a run of this problem and solver."],
     ),
     "file that is no checkpoint": (
         lambda: bl.load_state(__file__),

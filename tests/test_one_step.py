@@ -124,3 +124,13 @@ def test_single_loop_settles_where_the_gradient_vanishes_and_not_at_the_optimum(
 def test_bad_parameter_is_named(options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         bl.OneStep(**options)
+
+
+def test_difference_along_no_direction_is_zero() -> None:
+    """F does not look at y, so that its hypergradient 2 x is exact however the step."""
+    problem = bl.BilevelProblem(
+        lambda x, y, data: (x**2).sum() + 0.0 * y.sum(), lambda x, y, data: ((y - x) ** 2).sum()
+    )
+    x, y = torch.tensor([1.5]).double(), torch.tensor([3.0]).double()
+    found = bl.OneStep(lr=0.1, radius=0.01).estimate(problem, x, y)
+    assert torch.equal(found.grad, 2.0 * x)

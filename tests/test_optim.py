@@ -388,3 +388,48 @@ def test_torch_shortens_long_gradients_only() -> None:
     torch.testing.assert_close(torch.cat(new), -torch.cat(short))
     new, _ = clipped.step(start, [torch.zeros_like(leaf) for leaf in start], memory)
     assert not torch.cat(new).any()
+
+
+def test_newton_leaves_a_saddle_whose_basin_is_narrow() -> None:
+    """y^4 - 2 s^2 y^2 has its minima at s and -s; a step of length one from its maximum at 0 goes up."""
+    s = 1e-2
+    fun = Smooth(lambda y: (y**4 - 2.0 * s**2 * y**2).sum())
+    found = Newton().minimize(fun, fun.evaluate(torch.zeros(1).double()), 1e-14)
+    assert found.status is Status.CONVERGED
+    assert abs(float(found.point.y)) == pytest.approx(s, rel=1e-6)
+
+
+def test_newton_with_one_product_a_step_is_steepest_descent_and_converges() -> None:
+    scale = torch.tensor([1.0, 3.0]).double()
+    fun = Smooth(lambda y: 0.5 * (scale * (y - 2.0) ** 2).sum())
+    start = fun.evaluate(torch.zeros(2).double())
+    found = Newton(dense_limit=0, cg_steps=1, max_steps=100).minimize(fun, start, 1e-8)
+    assert found.status is Status.CONVERGED
+    torch.testing.assert_close(found.point.y, torch.full((2,), 2.0).double())
+    assert fun.products <= found.steps + 1
+
+
+def ball(x: Tensor) -> Tensor:
+    return x / max(1.0, float(x.norm()))
+
+
+def test_quasi_newton_makes_no_step_where_the_gradient_vanishes() -> None:
+    def evaluate(y: Tensor) -> Point:
+        return Point(y, float(y @ y), 2.0 * y)
+
+    zero = torch.zeros(2).double()
+    method = QuasiNewton()
+    assert method.step(evaluate, evaluate(zero), method.init(zero), ball)[0] is None
+
+
+def test_quasi_newton_gives_up_after_its_trials() -> None:
+    """Every trial but the start is infinite."""
+    start = torch.full((2,), 0.5).double()
+
+    def evaluate(y: Tensor) -> Point:
+        return Point(y, 0.5 if torch.equal(y, start) else math.inf, torch.ones_like(y))
+
+    method = QuasiNewton(max_trials=3)
+    point, memory = method.step(evaluate, evaluate(start), method.init(start), ball)
+    assert point is None
+    assert not len(memory["steps"])

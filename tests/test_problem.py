@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import bilevel as bl
 from bilevel import _problem, _returned
 from bilevel._box import Box
 from bilevel._errors import ObjectiveError, StructureError
@@ -187,3 +188,16 @@ def test_problem_over_vectors_knows_the_trees_of_the_one_it_was_made_of() -> Non
         assert torch.equal(made.unravel[0](u)["a"], x["a"])
         assert float(made.unravel[0](u)["b"]) == 5.0
         assert torch.equal(made.unravel[1](v)[0], y[0])
+
+
+def test_domain_without_a_signature_is_a_domain() -> None:
+    """`torch.relu` projects onto x >= 0, and cannot be asked for its arguments."""
+    problem = BilevelProblem(
+        lambda x, y, data: ((y + 1.0) ** 2).sum(),
+        lambda x, y, data: ((y - x) ** 2).sum(),
+        domain=torch.relu,
+    )
+    one = torch.ones(1, dtype=torch.float64)
+    found = bl.solve(problem, bl.HypergradientDescent(bl.Implicit()), one, one, max_steps=50)
+    assert found.status is bl.Status.CONVERGED
+    assert float(found.x) == 0.0

@@ -226,3 +226,56 @@ def test_tolerance_of_a_recommendation_must_be_positive() -> None:
     case = problems.quadratic()
     with pytest.raises(ValueError, match=r"recommend\(rtol=.*> 0.*Got rtol=0"):
         bl.recommend(case.problem, case.x0, case.y0, rtol=0.0)
+
+
+def test_equal_curvature_in_all_directions_is_found_by_the_first_product() -> None:
+    """Above 3,000 variables f is not solved; its Hessian is the identity."""
+    large = bl.BilevelProblem(
+        lambda x, y, data: ((y - 1.0) ** 2).sum(), lambda x, y, data: 0.5 * ((y - x) ** 2).sum()
+    )
+    found = bl.recommend(large, vector(1.0), torch.zeros(4000).double())
+    assert "lower curvature seems to be from 1 to 1 (by Lanczos' method" in str(found)
+    assert isinstance(found.method, bl.HypergradientDescent)
+
+
+def test_lower_problem_without_a_feasible_point_is_refused_by_all() -> None:
+    empty = bl.BilevelProblem(
+        upper, lambda x, y, data: ((y - x) ** 2).sum(), lower_constraint=lambda x, y, data: y**2 + 1
+    )
+    found = bl.recommend(empty, vector(1.0), vector(0.0))
+    assert found.method is None
+    assert len(found.refused) == 4
+    assert "no lower solution was found from y (no feasible point was found)" in str(found)
+
+
+@pytest.mark.parametrize("constraint", [None, lambda x, y, data: y - 1.0])
+def test_infinite_curvature_at_the_lower_solution_is_no_smooth_one(constraint: Any) -> None:
+    """|y - x|^1.5 has its minimum where its second derivative is infinite."""
+    steep = bl.BilevelProblem(
+        upper, lambda x, y, data: ((y - x).abs() ** 1.5).sum(), lower_constraint=constraint
+    )
+    found = bl.recommend(steep, vector(0.0), vector(0.0))
+    assert isinstance(found.method, bl.ASBLO)
+    assert names(found)[0] == ("Implicit" if constraint is None else "ImplicitKKT")
+    assert "singular" in str(found)
+
+
+class InNumPy(torch.autograd.Function):
+    """2 y, with a derivative that NumPy computes, so that torch cannot follow it."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        return 2.0 * y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return torch.from_numpy(2.0 * grad.numpy())
+
+
+def test_gradient_that_numpy_computes_is_no_second_derivative() -> None:
+    problem = bl.BilevelProblem(upper, lambda x, y, data: (InNumPy.apply(y) - x).square().sum())
+    found = bl.recommend(problem, vector(1.0), vector(0.0))
+    assert names(found)[:2] == ["Implicit", "Unrolled"]
+    assert "no second derivatives of f: Can't call numpy() on Tensor that requires grad" in str(
+        found
+    )

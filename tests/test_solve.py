@@ -175,3 +175,11 @@ def test_start_outside_the_domain_is_projected() -> None:
     for solver in (bl.ASBLO(), bl.HypergradientDescent(bl.Implicit())):
         solution = bl.solve(rising, solver, X + 5.0, Y, max_steps=50)
         torch.testing.assert_close(solution.x, torch.ones_like(X))
+
+
+def test_solution_on_batches_prints_no_certificate() -> None:
+    found = bl.solve(PROBLEM, FIRST_ORDER, X, Y, [None] * 3, max_steps=5)
+    assert found.certificate is None
+    assert "certificate" not in str(found)
+    assert "value gap" not in str(found)
+    assert "steps        3" in str(found)

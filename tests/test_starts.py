@@ -160,3 +160,8 @@ def test_further_starts_of_asblo_reach_what_its_path_does_not() -> None:
     assert best.upper < alone.upper
     assert best.certificate is not None
     assert best.certificate.is_trusted
+
+
+def test_error_of_the_first_start_goes_out_where_all_run_into_one() -> None:
+    with pytest.raises(bl.NonFiniteError, match="it broke"):
+        bl.solve(PLAIN, Scripted(), *at(6.0), max_steps=9, starts=[at(7.0)])

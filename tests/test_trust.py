@@ -372,3 +372,17 @@ def test_deeper_basin_of_a_wavy_lower_level_is_found_from_every_other(
         found = bl.certify(problem, torch.tensor(0.0).double(), grid[i])
         assert found.value_gap == pytest.approx(float(heights[i] - deepest), abs=1e-3)
         assert not found.is_trusted
+
+
+def test_branches_of_six_weakly_active_constraints_are_not_all_tried() -> None:
+    """y = max(x, 0) at x = 0 in six variables, where F = |y + 1|^2 has its minimum."""
+    projected = bl.BilevelProblem(
+        lambda x, y, data: ((y + 1.0) ** 2).sum(),
+        lambda x, y, data: ((y - x) ** 2).sum(),
+        lower_constraint=lambda x, y, data: -y,
+    )
+    zero = torch.zeros(6).double()
+    found = bl.certify(projected, zero, zero)
+    assert found.problems == ()
+    assert any("on the branches that were not tried" in line for line in found.assumptions)
+    assert "6 lower constraint(s) are weakly active" in str(found)

@@ -80,3 +80,15 @@ def test_multiplier_that_leaves_no_minimum_is_said() -> None:
 def test_bad_parameter_is_named(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"`TwoSided\({name}=...\)` must be .* Got {name}="):
         bl.TwoSided(**{name: value})
+
+
+def test_above_the_limit_of_dense_hessians_products_serve() -> None:
+    """y = x, so that F = |x - 1|^2 summed over 300 entries has the slope 600 (x - 1)."""
+    problem = bl.BilevelProblem(
+        lambda x, y, data: ((y - 1.0) ** 2).sum(), lambda x, y, data: ((y - x) ** 2).sum()
+    )
+    x = torch.tensor([3.0]).double()
+    found = bl.TwoSided().estimate(problem, x, torch.zeros(300).double())
+    assert found.status is bl.Status.CONVERGED
+    torch.testing.assert_close(found.grad, 600.0 * (x - 1.0), rtol=1e-6, atol=0.0)
+    assert 0 < found.evaluations.hvp < 300

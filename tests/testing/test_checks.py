@@ -142,3 +142,10 @@ def test_spoiled_solver_is_caught(how: str, message: str) -> None:
 def test_contract_error_is_an_assertion_and_an_error_of_the_library() -> None:
     assert issubclass(ContractError, AssertionError)
     assert issubclass(ContractError, bl.BilevelError)
+
+
+def test_contract_holds_in_a_domain() -> None:
+    """The box holds the answer; over nested trees it has to be a projection of those."""
+    case = problems.quadratic()
+    wide = replace(case, problem=replace(case.problem, domain=bl.Box(-100.0, 100.0)))
+    check_solver(bl.HypergradientDescent(bl.Implicit()), problems=[wide])
