@@ -446,6 +446,7 @@ def test_upper_value_that_ends_within_a_step_of_x_leaves_no_verdict() -> None:
     assert "do not agree well enough" in found.verdict
 
 
+@pytest.mark.slow
 def test_method_for_kinks_that_runs_away_finds_no_solution() -> None:
     problem = bl.BilevelProblem(toward_one, lambda x, y, data: -((y - x) ** 4).sum())
     solver = _search.LowerSolver(Oracle(problem), vector(1.0), None, 1.0, is_smooth=False)
