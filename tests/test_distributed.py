@@ -178,7 +178,6 @@ def mistakes(rank: int, count: int) -> dict[str, str]:
     uneven = (inputs[: 3 + (rank == 1)], targets[: 3 + (rank == 1)])
     losses = data_parallel(stated(uneven, per_sample=True))
     elsewhere = {**x, "weight": x["weight"] + (rank == 1)}
-    longer = torch.zeros(3 + (rank == 1)).double()
     first = dist.new_group([0])
     mesh = init_device_mesh("cpu", (count,))
     sharded = [distribute_tensor(y[0].float(), mesh), y[1].float()]
@@ -186,10 +185,6 @@ def mistakes(rank: int, count: int) -> dict[str, str]:
         "uneven": message(lambda: losses.lower(x, y, None), bl.ObjectiveError),
         "start": message(
             lambda: data_parallel(stated(uneven)).upper(elsewhere, y, None), bl.StructureError
-        ),
-        "lengths": message(
-            lambda: data_parallel(stated(uneven)).upper({**x, "scale": longer}, y, None),
-            bl.StructureError,
         ),
         "sharded": message(
             lambda: data_parallel(stated(uneven)).upper(x, sharded, None), bl.StructureError
@@ -317,8 +312,6 @@ def test_ranks_that_do_not_fit_are_told_on_each(ranks: Any) -> None:
         )
         assert "x0 and y0 must be the same on all ranks" in said["start"]
         assert "Got other values than rank 0's on [1]" in said["start"]
-        lengths = [8, 9, 8][: len(ranks)]  # of x and y together
-        assert f"Got different numbers of entries: {lengths}" in said["lengths"]
         assert "Got a `DTensor`" in said["sharded"]
     assert "Got a group without process 1" in ranks[1]["mistakes"]["outside"]
 
