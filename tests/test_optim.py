@@ -264,7 +264,9 @@ def torch_optimizers() -> list[Any]:
         (torch.optim.SGD, {"momentum": 0.9}),
         (torch.optim.SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
         (torch.optim.Adam, {"betas": (0.8, 0.99)}),
+        (torch.optim.Adam, {"weight_decay": 0.1, "eps": 1e-3}),
         (torch.optim.Adam, {"amsgrad": True}),
+        (torch.optim.AdamW, {}),
         (torch.optim.AdamW, {"weight_decay": 0.1}),
         (torch.optim.RMSprop, {"momentum": 0.5}),
         (torch.optim.Adagrad, {}),
@@ -275,14 +277,15 @@ def torch_optimizers() -> list[Any]:
     return [pytest.param(*pair, id=f"{pair[0].__name__} {pair[1]}") for pair in found]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("is_constant", [False, True], ids=["schedule", "constant"])
 @pytest.mark.parametrize(("optimizer", "options"), torch_optimizers())
 def test_torch_is_the_optimizer_used_directly_bit_for_bit(
-    optimizer: Any, options: Any, is_constant: bool
+    optimizer: Any, options: Any, is_constant: bool, dtype: torch.dtype
 ) -> None:
     generator = torch.Generator().manual_seed(0)
-    start = [torch.randn(3, 4, generator=generator), torch.randn(2, 2, generator=generator)]
-    grads = [[torch.randn(p.shape, generator=generator) for p in start] for _ in range(7)]
+    start = [torch.randn(shape, generator=generator).to(dtype) for shape in ((3, 4), (2, 2))]
+    grads = [[torch.randn(p.shape, generator=generator).to(dtype) for p in start] for _ in range(7)]
     rates = [0.1 if is_constant else 0.1 / (k + 1) for k in range(7)]
     direct = [torch.nn.Parameter(p.clone()) for p in start]
     reference = optimizer(direct, lr=rates[0], **options)
@@ -300,6 +303,32 @@ def test_torch_is_the_optimizer_used_directly_bit_for_bit(
         assert all(map(torch.equal, grad, kept[1]))
         variables = new
         assert all(map(torch.equal, variables, direct))
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.AdamW])
+def test_adam_without_the_wrapper_goes_on_from_what_torch_has_kept(optimizer: Any) -> None:
+    """`foreach` is an option that is not plain, and so torch's own."""
+    one, other = Torch(optimizer, lr=0.1), Torch(optimizer, lr=0.1, foreach=False)
+    x, grad = [torch.ones(3, 2), torch.ones(())], [torch.full((3, 2), 0.3), torch.tensor(-0.2)]
+    memories = [adapter.init(x) for adapter in (one, other)]
+    for first, second in ((one, other), (other, one)):
+        y, memories[0] = first.step(x, grad, memories[0])
+        x, memories[1] = second.step(x, grad, memories[1])
+        assert all(map(torch.equal, y, x))
+        for mine, torchs in zip(memories[0]["slots"], memories[1]["slots"], strict=True):
+            assert mine.keys() == torchs.keys()
+            assert all(torch.equal(mine[key], torchs[key]) for key in mine)
+        assert memories[0]["slots"][0]["step"].dtype == memories[1]["slots"][0]["step"].dtype
+
+
+@pytest.mark.parametrize(
+    "options", [{"betas": (1.0, 0.9)}, {"betas": (0.9, -0.1)}, {"eps": -1.0}, {"weight_decay": -1}]
+)
+def test_options_that_torch_refuses_are_refused_by_it(options: Any) -> None:
+    x = [torch.ones(2)]
+    adam = Torch(torch.optim.Adam, lr=0.1, **options)
+    with pytest.raises(ValueError, match="Invalid"):
+        adam.step(x, x, adam.init(x))
 
 
 def test_torch_memory_of_the_past_is_not_written_into() -> None:

@@ -15,6 +15,7 @@ from bilevel._errors import check_count, check_number
 from bilevel._solution import Status
 from bilevel._types import Schedule
 from bilevel.optim._base import Minimizer, Minimum, Point, SmoothFunction
+from bilevel.optim._plain_adam import plain_adam
 
 _HALVINGS = 40  # 2^-40 of a step is no step
 
@@ -102,9 +103,16 @@ class Torch(Minimizer):
             moved = [_descended(*group, self.rate(0), momentum) for group in groups]
             slots = [slot for _, slot in moved]
             return [leaf for leaf, _ in moved], {"count": memory["count"] + 1, "slots": slots}
+        count, rate = memory["count"], self.rate(memory["count"])
+        adam = plain_adam(self.optimizer, self.options)
+        if adam is not None and rate >= 0.0:
+            new, slots = adam.step(
+                variables, self._shortened(grads), memory["slots"], count + 1, rate
+            )
+            return new, {"count": count + 1, "slots": slots}
         new = [leaf.detach().clone() for leaf in variables]
         self._set_grads(new, grads)
-        optimizer = self.optimizer(new, lr=self.rate(memory["count"]), **self.options)
+        optimizer = self.optimizer(new, lr=rate, **self.options)
         for leaf, slot in zip(new, memory["slots"], strict=True):
             if slot:
                 optimizer.state[leaf] = {
@@ -114,19 +122,22 @@ class Torch(Minimizer):
         for leaf in new:
             leaf.grad = None
         return new, {
-            "count": memory["count"] + 1,
+            "count": count + 1,
             "slots": [dict(optimizer.state[leaf]) for leaf in new],
         }
 
     def _set_grads(self, variables: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-        if self.max_norm is not None:
-            shortened = (self.max_norm / _tree.norm(list(grads))).clamp(max=1.0)
-            grads = [grad * shortened for grad in grads]
-        for leaf, grad in zip(variables, grads, strict=True):
+        for leaf, grad in zip(variables, self._shortened(grads), strict=True):
             # Fused optimizers take the entries in memory order, which must be the variable's.
             leaf.grad = (
                 grad if grad.stride() == leaf.stride() else torch.empty_like(leaf).copy_(grad)
             )
+
+    def _shortened(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
+        if self.max_norm is None:
+            return grads
+        shortened = (self.max_norm / _tree.norm(list(grads))).clamp(max=1.0)
+        return [grad * shortened for grad in grads]
 
     def minimize(
         self,
