@@ -1,5 +1,7 @@
 """What every test runs under: one torch thread, a fixed seed, a Hypothesis profile."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
@@ -25,6 +27,19 @@ settings.load_profile("ci")  # `make fuzz` names the other one on the command li
 def _seed() -> None:
     """A test that draws numbers draws the same ones whichever tests ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs are traced, and their graphs run as they are."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def untraced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs run as they are."""
+    monkeypatch.setattr(torch, "compile", lambda program, **_: program)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

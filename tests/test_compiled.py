@@ -8,7 +8,6 @@ import copy
 import pickle
 import shutil
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -25,19 +24,6 @@ needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None and shutil.which("clang++") is None,
     reason="torch.compile needs a C++ compiler, and there is neither g++ nor clang++",
 )
-
-
-@pytest.fixture
-def traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Programs are traced, and their graphs run as they are."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    torch.compiler.reset()
-
-
-@pytest.fixture
-def untraced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Programs run as they are."""
-    monkeypatch.setattr(torch, "compile", lambda program, **_: program)
 
 
 def steps(optimizer: Any = torch.optim.SGD, **options: Any) -> bl.optim.Torch:
