@@ -104,6 +104,11 @@ def norm(tree: Tree) -> Tensor:
     return linalg.vector_norm(torch.stack(foreach_norm(parts)))
 
 
+def norms(*trees: Tree) -> list[Tensor]:
+    """The Euclidean norm of each leaf of all trees, 0-d tensors."""
+    return list(foreach_norm([leaf for tree in trees for leaf in leaves(tree)]))
+
+
 def length(tree: Tree) -> float:
     """The Euclidean norm over all leaves, as a number."""
     return float(norm(tree))
@@ -159,7 +164,7 @@ def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
     sizes = [leaf.numel() for leaf in parts]
 
     def unravel(vector: Tensor) -> Tree:
-        pieces = torch.split(vector, sizes) if len(sizes) > 1 else (vector,)
+        pieces = torch.split_with_sizes(vector, sizes) if len(sizes) > 1 else (vector,)
         views = [p.view(s) for p, s in zip(pieces, shapes, strict=True)]
         return unflatten_like(
             tree, [v if v.dtype == d else v.to(d) for v, d in zip(views, dtypes, strict=True)]

@@ -55,11 +55,12 @@ class Barrier(ABC):
 class LogRational(Barrier):
     """See `log_rational`."""
 
-    kappa: float = 1.0
+    kappa: float | Tensor = 1.0
 
     def __post_init__(self) -> None:
-        mend = "Pass the distance from the bound at which the logarithm takes over, e.g. 1.0."
-        check_number("log_rational", "kappa", self.kappa, mend)
+        if not isinstance(self.kappa, Tensor):
+            mend = "Pass the distance from the bound at which the logarithm takes over, e.g. 1.0."
+            check_number("log_rational", "kappa", self.kappa, mend)
 
     def _parts(self, zeta: Tensor) -> tuple[Tensor, Tensor]:
         """`n = min(-zeta, kappa)` and `t = min(kappa / -zeta, 1)`.
@@ -91,7 +92,7 @@ class LogRational(Barrier):
         return (sigma * (near + far)).masked_fill(zeta1 >= 0.0, math.inf)
 
 
-def log_rational(kappa: float = 1.0) -> Barrier:
+def log_rational(kappa: float | Tensor = 1.0) -> Barrier:
     r"""The logarithm near the bound, a rational function of `1 / zeta` far from it.
 
     With $t = \kappa / (-\zeta)$,
@@ -104,13 +105,13 @@ def log_rational(kappa: float = 1.0) -> Barrier:
 
     Args:
         kappa: The distance from the bound at which the branches meet, in the unit of `zeta`;
-            above 0.
+            above 0, a 0-d tensor where it is one.
 
     Returns:
         The barrier.
 
     Raises:
-        ValueError: `kappa` is not a finite number above 0.
+        ValueError: `kappa` is a number that is not finite and above 0.
 
     Example:
         >>> barrier = log_rational(kappa=1.0)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 
-from bilevel._errors import check_count, check_kind
+from bilevel._errors import StructureError, check_count, check_kind
 from bilevel._problem import BilevelProblem, constrains_lower
 from bilevel._solution import State
 from bilevel._types import Schedule, Tree
-from bilevel.barriers import Barrier, log_rational
+from bilevel.barriers import log_rational
 from bilevel.estimators import refuse_constraints
 from bilevel.estimators.value_function import ValueFunction
 from bilevel.optim._base import Minimizer
@@ -19,8 +20,9 @@ from bilevel.optim.newton import Newton
 from bilevel.optim.quasi_newton import QuasiNewton
 from bilevel.optim.torch import Torch
 from bilevel.schedules import geometric, polynomial
-from bilevel.solvers import _fields, _full_batch, _sequential, _single_loop
+from bilevel.solvers import _fields, _full_batch, _fused_loop, _sequential, _single_loop
 from bilevel.solvers._base import Solver
+from bilevel.solvers._loop_step import Form
 
 # epsilon_k ~ sigma_k^2 balances the stages: lambda ~ sigma / epsilon grows as 1 / sigma does. The first
 # slack is twice the range of f, so that F alone chooses the basin; mu |y|^2 stays a hundredth of it.
@@ -87,10 +89,15 @@ class ASBLO(Solver):
             no batch disturbs unless the averaged gap is negative; `"gap"` at the gap averaged over
             batches, by the relaxed barrier.
         max_multiplier: Mini-batches: largest $\lambda$, in units of F over f, > 0.
+        compile: Mini-batches: whether `torch.compile` makes one graph of the whole step: the same numbers several
+            times as fast on a small problem, once the first step has compiled it, for half a minute or more. Takes
+            SGD, Adam or AdamW. What is compiled is kept with the problem, so make that once, and give what changes
+            as data; batches of the same shapes serve best, as others compile anew.
 
     Raises:
         ValueError: A parameter is out of its range, a schedule of the full batch does not fall, or the form is
-            pessimistic and there are lower constraints.
+            pessimistic and there are lower constraints; `compile` is given beside an optimizer that cannot be
+            traced, or without batches.
         TypeError: A schedule or a part is of the wrong kind.
 
     Example:
@@ -129,6 +136,7 @@ class ASBLO(Solver):
     upper_optimizer: Torch = field(default_factory=lambda: Torch(torch.optim.Adam, lr=1e-3))
     multiplier: Literal["slack", "gap"] = "slack"
     max_multiplier: float = 1e3
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name in ("mu", "theta", "sigma", "epsilon"):
@@ -158,6 +166,10 @@ class ASBLO(Solver):
                     "Wrap the class, e.g. `Torch(torch.optim.Adam, lr=1e-3)`."
                 )
 
+        check_kind("ASBLO(compile=...)", self.compile, bool, "Pass True or False.")
+        if self.compile:
+            _ = self._fused  # refuses now what cannot be traced
+
     def nearby(self) -> ASBLO:
         """See `Solver.nearby`."""
         return replace(self, first_stage=max(self.first_stage, _NEARBY))
@@ -167,6 +179,12 @@ class ASBLO(Solver):
     ) -> State:
         """See `Solver.init`."""
         if full_batch:
+            if self.compile:
+                raise ValueError(
+                    "`ASBLO(compile=True)` must be given batches, whose step is one program. Got the full batch, where "
+                    "Newton's method stops as its numbers tell it. Leave out `compile`, or pass "
+                    "`batches=itertools.repeat(data)` for single steps on the whole data."
+                )
             self._check_schedules_fall()
             if self.pessimistic and constrains_lower(problem):
                 raise ValueError(
@@ -175,12 +193,20 @@ class ASBLO(Solver):
                 )
             return _full_batch.init(self._sequence(), problem, x0, y0)
         refuse_constraints(problem, "ASBLO on batches")
-        return _single_loop.init(self._single_loop(), problem, x0, y0, data)
+        state = _single_loop.init(self._single_loop(), problem, x0, y0, data)
+        return _fused_loop.started(self._fused, state) if self.compile else state
 
     def step(self, problem: BilevelProblem, state: State, data: Any) -> State:
         """See `Solver.step`."""
         if "path" in state.memory:
             return _full_batch.step(self._sequence(), problem, state)
+        if self.compile != _fused_loop.is_fused(state):
+            raise StructureError(
+                "`iterate(state=...)` must go on with `ASBLO(compile=...)` as the state was made. "
+                f"Got compile={self.compile}. Pass compile={not self.compile}, or start anew from its x and y."
+            )
+        if self.compile:
+            return _fused_loop.step(self._single_loop(), self._fused, problem, state, data)
         return _single_loop.step(self._single_loop(), problem, state, data)
 
     def stage(
@@ -202,7 +228,7 @@ class ASBLO(Solver):
             epsilon=(self.epsilon or _SEQUENTIAL["epsilon"])(k) * lower,
             sigma=(self.sigma or _SEQUENTIAL["sigma"])(k) * upper,
             theta=None if self.theta is None else self.theta(k) * upper / square,
-            barrier=self._barrier(lower),
+            barrier=log_rational(self.kappa * lower),
             pessimistic=self.pessimistic,
             minimizer=self.minimizer,
         )
@@ -218,9 +244,6 @@ class ASBLO(Solver):
                     "`bilevel.schedules.geometric`, or `HypergradientDescent(ValueFunction(...))` for fixed parameters."
                 )
 
-    def _barrier(self, lower: float) -> Barrier:
-        return log_rational(self.kappa * lower)
-
     def _sequence(self) -> _sequential.Sequence:
         return _sequential.Sequence(
             stage=self.stage,
@@ -232,19 +255,22 @@ class ASBLO(Solver):
             first_stage=self.first_stage,
         )
 
+    @cached_property
+    def _fused(self) -> _fused_loop.FusedLoop:
+        return _fused_loop.fused(self._single_loop())
+
     def _single_loop(self) -> _single_loop.SingleLoop:
         return _single_loop.SingleLoop(
+            form=Form(self.pessimistic, self.value_steps, self.lower_steps, self.multiplier),
             mu=self.mu or _SINGLE_LOOP["mu"],
             theta=self.theta,
             sigma=self.sigma or _SINGLE_LOOP["sigma"],
             epsilon=self.epsilon or _SINGLE_LOOP["epsilon"],
-            barrier=self._barrier,
-            pessimistic=self.pessimistic,
-            value_steps=self.value_steps,
-            lower_steps=self.lower_steps,
-            value_optimizer=self.value_optimizer,
-            lower_optimizer=self.lower_optimizer,
-            upper_optimizer=self.upper_optimizer,
-            multiplier=self.multiplier,
+            kappa=self.kappa,
             max_multiplier=self.max_multiplier,
+            optimizers={
+                "z": self.value_optimizer,
+                "y": self.lower_optimizer,
+                "x": self.upper_optimizer,
+            },
         )
