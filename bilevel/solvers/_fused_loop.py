@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from bilevel import _tree
-from bilevel._autodiff import func
 from bilevel._problem import BilevelProblem, ravel, split_data
 from bilevel._programs import Programs
-from bilevel._returned import samples, scalar
 from bilevel._solution import Evaluations, State
 from bilevel._types import Tree
 from bilevel.optim._written_out import WrittenOut, written_out
@@ -28,6 +26,7 @@ from bilevel.solvers._loop_step import (
     moved,
 )
 from bilevel.solvers._single_loop import SingleLoop, failed, following, numbers_after
+from bilevel.solvers._traced import Traced
 
 
 class FusedLoop(NamedTuple):
@@ -120,7 +119,7 @@ def _run(program: Any, loop: SingleLoop, fused: FusedLoop, state: State, data: A
     a, b = fused.form.value_steps, fused.form.lower_steps
     evaluations = state.evaluations + Evaluations(b, a + b, b, a + b)
     values = packed.tolist()
-    if not math.isfinite(sum(values)):
+    if not all(map(math.isfinite, values)):
         return failed(state, values[0], values[1], evaluations)
     for name, count, new in zip(_NAMES, fused.counts, moments, strict=True):
         optimizers[name] = {"count": optimizers[name]["count"] + count, "moments": new}
@@ -157,7 +156,7 @@ def _program(fused: FusedLoop, problem: BilevelProblem) -> Callable[..., Any]:
             kept[name] = list(after)
             return new if ridge is None else _tree.axpy(-rate * ridge, vector, new)
 
-        passes = _Traced(problem, upper_data, lower_data)
+        passes = Traced(problem, upper_data, lower_data)
         found = moved(fused.form, at, passes, move, problem.domain, x, y, z, average)
         parts: list[Any] = [*measured(found).values(), *map(_tree.norm, found.checked)]
         packed = torch.stack([part.to(average.dtype) for part in parts])
@@ -165,42 +164,3 @@ def _program(fused: FusedLoop, problem: BilevelProblem) -> Callable[..., Any]:
         return found.x, found.y, found.z, found.average, packed, new
 
     return taken
-
-
-class _Traced:
-    """An `Oracle` of vectors whose passes can be traced."""
-
-    def __init__(self, problem: BilevelProblem, upper_data: Any, lower_data: Any) -> None:
-        self.losses: Tensor | None = None
-        self._problem, self._upper_data, self._lower_data = problem, upper_data, lower_data
-
-    def _upper(self, x: Tensor, y: Tensor) -> Tensor:
-        return scalar(self._problem.upper(x, y, self._upper_data), "upper")
-
-    def _lower(self, x: Tensor, y: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The value, and the losses by sample where there are such."""
-        value = self._problem.lower(x, y, self._lower_data)
-        if not self._problem.per_sample:
-            return scalar(value, "lower"), ()
-        losses = samples(value)
-        return losses.mean(), (losses,)
-
-    def upper_grad(self, x: Tree, y: Tree) -> tuple[Tensor, Tree, Tree]:
-        (grad_x, grad_y), value = func.grad_and_value(self._upper, argnums=(0, 1))(x, y)
-        return value, grad_x, grad_y
-
-    def upper_grad_y(self, x: Tree, y: Tree) -> tuple[Tensor, Tree]:
-        grad_y, value = func.grad_and_value(self._upper, argnums=1)(x, y)
-        return value, grad_y
-
-    def lower_grad(self, x: Tree, y: Tree) -> tuple[Tensor, Tree, Tree]:
-        value, (grad_x, grad_y) = self._lower_grad((0, 1), x, y)
-        return value, grad_x, grad_y
-
-    def lower_grad_y(self, x: Tree, y: Tree) -> tuple[Tensor, Tree]:
-        return self._lower_grad(1, x, y)
-
-    def _lower_grad(self, wrt: int | tuple[int, int], x: Tree, y: Tree) -> tuple[Tensor, Any]:
-        grads, (value, losses) = func.grad_and_value(self._lower, argnums=wrt, has_aux=True)(x, y)
-        self.losses = losses[0] if losses else None
-        return value, grads
