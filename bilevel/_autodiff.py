@@ -23,14 +23,19 @@ func: Any = torch.func  # its stubs are untyped
 
 
 def _variables(trees: tuple[Tree, ...]) -> tuple[list[Tree], list[list[Tensor]]]:
+    parts = [[_tracked(leaf) for leaf in _tree.leaves(tree)] for tree in trees]
+    tracked = [_tree.unflatten_like(*pair) for pair in zip(trees, parts, strict=True)]
+    return tracked, parts
+
+
+def _tracked(leaf: Tensor) -> Tensor:
+    """The same numbers, to differentiate by."""
     if torch.is_inference_mode_enabled():
         raise ObjectiveError(
             "Gradients must be taken outside `torch.inference_mode()`, where they would silently be zero. "
             "Got a call inside it. Leave that context, or use `torch.no_grad()`."
         )
-    parts = [[leaf.detach().requires_grad_(True) for leaf in _tree.leaves(tree)] for tree in trees]
-    tracked = [_tree.unflatten_like(*pair) for pair in zip(trees, parts, strict=True)]
-    return tracked, parts
+    return leaf.detach().requires_grad_(True)
 
 
 def _grad(output: Tensor, inputs: Sequence[Tensor], **options: Any) -> list[Tensor]:
@@ -65,6 +70,11 @@ def value_and_grad(
         The value, 0-d, and one tree of gradients a variable; zeros where `fun` ignores a leaf.
     """
     with torch.enable_grad():
+        if len(trees) == 1 and isinstance(trees[0], Tensor):
+            # A lower solve on a small problem is little else than this: nothing is built around it.
+            wrt = [_tracked(trees[0])]
+            output = fun(*wrt, *frozen)
+            return output.detach(), _grad(output, wrt)
         tracked, parts = _variables(trees)
         output = fun(*tracked, *frozen)
         flat = _grad(output, [leaf for group in parts for leaf in group])

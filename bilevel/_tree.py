@@ -98,6 +98,8 @@ def vdot(left: Tree, right: Tree) -> Tensor:
 
 def norm(tree: Tree) -> Tensor:
     """The Euclidean norm over all leaves, a 0-d tensor."""
+    if isinstance(tree, Tensor):
+        return linalg.vector_norm(tree)
     parts = leaves(tree)
     if len(parts) == 1:
         return linalg.vector_norm(parts[0])

@@ -17,15 +17,17 @@ class LowerObjective(SmoothFunction):
     def __init__(self, oracle: Oracle, x: Tensor, lower_hessian: Tensor | None = None) -> None:
         self._oracle, self._x = oracle, x
         self.lower_hessian = lower_hessian
+        self._eps = torch.finfo(x.dtype).eps
         self._last: tuple[Tensor, CountedGradient] | None = None
 
     def evaluate(self, y: Tensor) -> Point:
-        return _point(y, *self._oracle.lower_grad_y(self._x, y))
+        value, grad = self._oracle.lower_grad_y(self._x, y)
+        return self._point(y, value, grad)
 
     def evaluate_last(self, y: Tensor) -> Point:
         linear = self._oracle.linearized(self._x, y)
         self._last = y, linear
-        return _point(y, linear.value, linear.grad)
+        return self._point(y, linear.value, linear.grad)
 
     def linearized(self, point: Point) -> CountedGradient:
         """The gradient in y at `point` with its products; where it was evaluated last, that evaluation serves."""
@@ -45,7 +47,6 @@ class LowerObjective(SmoothFunction):
     def hvp(self, point: Point) -> Callable[[Tensor], Tensor]:
         return self.linearized(point).hvp
 
-
-def _point(y: Tensor, value: Tensor, grad: Tensor) -> Point:
-    lower = float(value)
-    return Point(y, lower, grad, noise=torch.finfo(y.dtype).eps * abs(lower))
+    def _point(self, y: Tensor, value: Tensor, grad: Tensor) -> Point:
+        lower = float(value)
+        return Point(y, lower, grad, noise=self._eps * abs(lower))
