@@ -27,7 +27,6 @@ from speed.work import Answer, Hypergradient, Work, relative_error
 
 # Lower steps that are tried, a fifth more each time: the first number that is enough is timed.
 CANDIDATES = [round(8 * 1.2**k) for k in range(28)]  # to 1,099
-SMALL = 256  # lower variables up to which a program of Newton steps is worth its Hessians
 CG, UNROLLED, NEUMANN = "momentum + CG", "momentum, unrolled", "momentum + Neumann"
 
 
@@ -58,12 +57,12 @@ def contenders(work: Work, truth: Tensor, tolerance: float) -> list[Contender]:
 
     rtol = 0.1 * tolerance  # of the linear system, and of Newton's method
     inexact = bl.Implicit(bl.linear.CG(rtol=rtol), tol=rtol)
-    picked = recommended(work, tolerance)
-
-    def in_one_graph(count: int) -> Contender:
-        newton = bl.Implicit(bl.linear.Dense(), bl.optim.Newton(max_steps=count), compile=True)
-        name = f"{count} Newton + Dense, compile=True"
-        return Contender(OURS, name, prepared(lambda _: ours.compiled(work, newton), [0]))
+    picked, graph = recommended(work, tolerance), recommended(work, tolerance, compile=True)
+    in_one_graph = Contender(
+        OURS,
+        f"{_name(graph)}, compile=True, as recommended",
+        prepared(lambda _: ours.compiled(work, graph), [0]),
+    )
 
     return [
         Contender(FLOOR, CG, steps(lambda n: by_hand.implicit(work, n, rtol, products))),
@@ -75,7 +74,7 @@ def contenders(work: Work, truth: Tensor, tolerance: float) -> list[Contender]:
         ),
         Contender(OURS, "Newton + CG, to the tolerance", once(inexact)),
         Contender(OURS, f"{_name(picked)}, as recommended", once(picked)),
-        *([in_one_graph(work.newton_steps)] if work.newton_steps else []),
+        *([in_one_graph] if graph.compile else []),
         Contender(
             "TorchOpt", CG, steps(lambda n: peer("TorchOpt", "implicit", work, n, rtol, products))
         ),
@@ -100,15 +99,15 @@ def table(about: str, work: Work, truth: Tensor, tolerance: float, rules: Rules)
     return f"{about}, relative error at most {tolerance:.0e}\n\n{rows(results, extra, columns)}"
 
 
-def recommended(work: Work, rtol: float) -> bl.Estimator:
+def recommended(work: Work, rtol: float, *, compile: bool = False) -> bl.Implicit:  # noqa: A002
     """The estimator of the solver that `recommend` picks for a hypergradient that is to be so exact."""
-    method = bl.recommend(work.problem, work.x, work.start, rtol=rtol).method
+    method = bl.recommend(work.problem, work.x, work.start, rtol=rtol, compile=compile).method
     if not isinstance(method, bl.HypergradientDescent):
         raise TypeError(f"a strongly convex problem was to be given a descent. Got {method}.")
+    if not isinstance(method.estimator, bl.Implicit):
+        raise TypeError(f"it was to be the implicit hypergradient. Got {method.estimator}.")
     return method.estimator
 
 
-def _name(estimator: bl.Estimator) -> str:
-    linear = getattr(estimator, "linear", None)
-    inner = "" if linear is None else type(linear).__name__
-    return f"{type(estimator).__name__}({inner})"
+def _name(estimator: bl.Implicit) -> str:
+    return f"Implicit({type(estimator.linear).__name__})"

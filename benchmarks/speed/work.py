@@ -24,7 +24,6 @@ class Work:
         y: where the lower variable starts, one tensor or more.
         lr: of gradient descent on y.
         momentum: of gradient descent on y.
-        newton_steps: that solve the lower problem to a thousandth, or 0 where it is too large to form its Hessian.
     """
 
     upper: Callable[..., Tensor]
@@ -33,7 +32,6 @@ class Work:
     y: Lower
     lr: float
     momentum: float = 0.0
-    newton_steps: int = 0
 
     @property
     def problem(self) -> bl.BilevelProblem:

@@ -24,16 +24,21 @@ class LowerObjective(SmoothFunction):
         value, grad = self._oracle.lower_grad_y(self._x, y)
         return self._point(y, value, grad)
 
-    def evaluate_last(self, y: Tensor) -> Point:
-        linear = self._oracle.linearized(self._x, y)
-        self._last = y, linear
+    def evaluate_ahead(self, y: Tensor) -> Point:
+        linear = self._linearized(y)
         return self._point(y, linear.value, linear.grad)
 
     def linearized(self, point: Point) -> CountedGradient:
-        """The gradient in y at `point` with its products; where it was evaluated last, that evaluation serves."""
+        """The gradient in y at `point` with its products; where it was evaluated ahead, that evaluation serves."""
         if self._last is not None and self._last[0] is point.y:
             return self._last[1]
-        return self._oracle.linearized(self._x, point.y)
+        return self._linearized(point.y)
+
+    def _linearized(self, y: Tensor) -> CountedGradient:
+        self._last = None  # one graph at a time
+        linear = self._oracle.linearized(self._x, y)
+        self._last = y, linear
+        return linear
 
     @property
     def has_hessian(self) -> bool:

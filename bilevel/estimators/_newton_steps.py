@@ -15,7 +15,7 @@ from bilevel.estimators._fixed_steps import FixedSteps, Reached, length
 from bilevel.optim import Newton
 
 linalg: Any = torch.linalg  # its stubs are untyped
-_MOST = 30  # steps: each is a part of the graph of its own, and none ends early
+MOST = 30  # steps: each is a part of the graph of its own, and none ends early
 _SUFFICIENT_DECREASE = 1e-4  # Armijo's constant
 _HALVINGS = 12  # of a step, all of which are measured at once
 
@@ -50,6 +50,22 @@ class NewtonSteps(FixedSteps):
         """See `FixedSteps.cost`."""
         values = self.max_steps * (_HALVINGS + 1)
         return values, self.max_steps + 1, self.max_steps * n
+
+
+def steps_needed(fun: Callable[[Tensor], Tensor], y: Tensor, tol: float) -> int | None:
+    """The Newton steps from y after which the gradient has fallen to `tol` times itself, or the value can fall no more.
+
+    Returns:
+        Their number, at least 1, or None where more are needed than one program may have.
+    """
+    g, f = func.grad_and_value(fun)(y)
+    first = length(g)
+    for count in range(1, MOST + 1):
+        y, knows = _step(fun, y, tol * first, f)
+        left = length(func.grad(fun)(y))
+        if float(left) <= tol * float(first) or float(knows) > 0.0:
+            return count
+    return None
 
 
 def _step(
@@ -100,9 +116,9 @@ def newton_steps(where: str, minimizer: Newton) -> NewtonSteps:
     Raises:
         ValueError: There are too many of them.
     """
-    if minimizer.max_steps > _MOST:
+    if minimizer.max_steps > MOST:
         raise ValueError(
-            f"`{where}` must take few Newton steps to be one program for all problems, at most {_MOST}: each is a part "
+            f"`{where}` must take few Newton steps to be one program for all problems, at most {MOST}: each is a part "
             f"of the program. Got max_steps={minimizer.max_steps}. Pass e.g. `bilevel.optim.Newton(max_steps=8)`."
         )
     return NewtonSteps(minimizer.max_steps)

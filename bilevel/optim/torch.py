@@ -148,7 +148,7 @@ class Torch(Minimizer):
             if count == self.max_steps:
                 return Minimum(point, residual, Status.MAX_STEPS, count)
             y = move(point.y, point.grad, count)
-            evaluate = fun.evaluate_last if count + 1 == self.max_steps else fun.evaluate
+            evaluate = fun.evaluate_ahead if count + 1 == self.max_steps else fun.evaluate
             new = evaluate(y)
             for _ in range(_HALVINGS):  # a step out of the function's domain is shortened
                 if new.value != math.inf:
