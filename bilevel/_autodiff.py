@@ -50,6 +50,14 @@ def _grad(output: Tensor, inputs: Sequence[Tensor], **options: Any) -> list[Tens
     ]
 
 
+def _grad_of_one(output: Tensor, wrt: Tensor, **options: Any) -> Tensor:
+    """The same for one input: the lists would take longer than all else around a small gradient."""
+    if not output.requires_grad:
+        return torch.zeros_like(wrt)
+    (found,) = torch.autograd.grad(output, wrt, allow_unused=True, **options)
+    return torch.zeros_like(wrt) if found is None else found  # pyright: ignore[reportUnnecessaryComparison]
+
+
 def value(fun: Function, *trees: Tree) -> Tensor:
     """`fun(*trees)` without a graph."""
     with torch.no_grad():
@@ -71,10 +79,9 @@ def value_and_grad(
     """
     with torch.enable_grad():
         if len(trees) == 1 and isinstance(trees[0], Tensor):
-            # A lower solve on a small problem is little else than this: nothing is built around it.
-            wrt = [_tracked(trees[0])]
-            output = fun(*wrt, *frozen)
-            return output.detach(), _grad(output, wrt)
+            wrt = _tracked(trees[0])
+            output = fun(wrt, *frozen)
+            return output.detach(), [_grad_of_one(output, wrt)]
         tracked, parts = _variables(trees)
         output = fun(*tracked, *frozen)
         flat = _grad(output, [leaf for group in parts for leaf in group])
@@ -101,7 +108,7 @@ def unused_leaves(fun: Function, *trees: Tree) -> list[list[int]]:
 
 def differentiable_grad(output: Tensor, wrt: Tensor) -> Tensor:
     """The gradient of the scalar `output` in the tracked `wrt`, with its own graph."""
-    return _grad(output, (wrt,), create_graph=True)[0]
+    return _grad_of_one(output, wrt, create_graph=True)
 
 
 def jacobian(fun: Function, *vectors: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -248,4 +255,4 @@ def gradient_and_tangents(
 
 
 def _grad_of_vector(output: Tensor, wrt: Tensor, cotangent: Tensor, **options: Any) -> Tensor:
-    return _grad(output, (wrt,), grad_outputs=cotangent, retain_graph=True, **options)[0]
+    return _grad_of_one(output, wrt, grad_outputs=cotangent, retain_graph=True, **options)

@@ -171,14 +171,14 @@ class Torch(Minimizer):
 
     def _mover(self, y: Tensor) -> Callable[[Tensor, Tensor, int], Tensor]:
         """The next y after that of step number `count`, of which it is given the gradient."""
-        momentum, slot = self._plain_momentum, dict[str, Any]()
+        momentum = self._plain_momentum
         if momentum is not None:
-            rate = self.rate(0)
+            rate, velocity = self.rate(0), torch.zeros_like(y)
 
             def descend(y: Tensor, grad: Tensor, count: int) -> Tensor:
-                nonlocal slot
-                y, slot = _descended(y, grad, slot, rate, momentum)
-                return y
+                # As `_descended`, with a memory that nobody else sees and that can be moved in place.
+                along = velocity.mul_(momentum).add_(grad) if momentum else grad
+                return torch.add(y, along, alpha=-rate)
 
             return descend
         own = y.detach().clone()  # moves in place, so that one optimizer can serve all steps
@@ -205,9 +205,9 @@ def _descended(
 
     What `torch.optim` does around them takes as long as the gradient of a small problem.
     """
-    leaf, grad = leaf.detach(), grad.detach()  # for less than `torch.no_grad()` takes
-    if not momentum:
-        return torch.add(leaf, grad, alpha=-lr), {}
-    before = slot.get("momentum_buffer")
-    velocity = grad.clone() if before is None else before.mul(momentum).add_(grad)
-    return torch.add(leaf, velocity, alpha=-lr), {"momentum_buffer": velocity}
+    with torch.no_grad():
+        if not momentum:
+            return torch.add(leaf, grad, alpha=-lr), {}
+        before = slot.get("momentum_buffer")
+        velocity = grad.clone() if before is None else before.mul(momentum).add_(grad)
+        return torch.add(leaf, velocity, alpha=-lr), {"momentum_buffer": velocity}
