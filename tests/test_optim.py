@@ -151,6 +151,14 @@ def test_newton_says_why_there_is_no_minimum(fun: Any, status: Status, limit: in
     assert Newton(dense_limit=limit, max_steps=500).minimize(smooth, start, 1e-9).status is status
 
 
+def test_newton_makes_no_step_along_which_a_singular_hessian_says_nothing() -> None:
+    """Its rank is one, and rounding alone decides whether Cholesky's method notices."""
+    fun = Smooth(lambda y: torch.cosh(y.sum() - 1.0))
+    found = Newton().minimize(fun, fun.evaluate(torch.zeros(30, dtype=torch.float64)), 1e-12)
+    assert found.status is Status.CONVERGED
+    torch.testing.assert_close(found.point.y, torch.full_like(found.point.y, 1.0 / 30.0))
+
+
 def test_newton_says_that_its_steps_ran_out() -> None:
     smooth = Smooth(rosenbrock)
     found = Newton(max_steps=2).minimize(smooth, smooth.evaluate(vector(-1.2, 1.0)), 1e-9)

@@ -31,9 +31,10 @@ FALLEN = (
 def linear_tolerance(dtype: torch.dtype, tol: float = 0.0) -> float:
     """The relative residual up to which the linear system of an implicit hypergradient counts as solved.
 
-    Where the lower problem may be left at `tol`, so may be the linear system: the error follows both.
+    Where the lower problem may be left at `tol`, so may be the linear system, as long as that says something: the
+    error follows both.
     """
-    return max(_LINEAR_SOLVED, 100.0 * torch.finfo(dtype).eps, tol)
+    return max(_LINEAR_SOLVED, 100.0 * torch.finfo(dtype).eps, min(tol, FALLEN))
 
 
 @dataclass(frozen=True)

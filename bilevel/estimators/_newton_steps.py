@@ -13,6 +13,7 @@ from torch import Tensor
 from bilevel._autodiff import func
 from bilevel.estimators._fixed_steps import FixedSteps, Reached, length
 from bilevel.optim import Newton
+from bilevel.optim.newton import has_digits
 
 linalg: Any = torch.linalg  # its stubs are untyped
 MOST = 30  # steps: each is a part of the graph of its own, and none ends early
@@ -107,7 +108,8 @@ def _factor(hessian: Tensor, identity: Tensor) -> tuple[Tensor, Tensor]:
     nudged, is_indefinite = linalg.cholesky_ex(hessian + little * identity)
     shifted, _ = linalg.cholesky_ex(hessian + (little - 2.0 * least) * identity)
     positive = torch.where(is_indefinite == 0, nudged, shifted)
-    return torch.where(failed == 0, factor, positive), is_indefinite != 0
+    is_sound = (failed == 0) & has_digits(hessian, factor)
+    return torch.where(is_sound, factor, positive), is_indefinite != 0
 
 
 def newton_steps(where: str, minimizer: Newton) -> NewtonSteps:

@@ -51,7 +51,8 @@ class Implicit(Estimator):
             series. None for `CG()`, and for `GMRES()` with a `condition`, whose matrix is not symmetric.
         minimizer: Solves the lower problem where there is no `condition`; None for `Newton()`.
         tol: Norm of the lower gradient, or of $T(x, y) - y$, to reach, relative to the one at the start, >= 0. The
-            linear system counts as solved at the same residual, relative to its right-hand side, and at 1e-6 anyway.
+            linear system counts as solved at the same residual, relative to its right-hand side, at no less than 1e-6
+            and no more than 1e-2.
         condition: A `FixedPoint` $y = T(x, y)$ that holds at the lower solution, in place of
             $\nabla_y f(x, y) = 0$, for an f that is not smooth. The hypergradient then is
             $\partial_x F + (\partial_x T)^\top v$ with $(I - \partial_y T)^\top v = \partial_y F$, and

@@ -130,10 +130,19 @@ def _capped(direction: Tensor, y: Tensor) -> Tensor:
     return direction if length <= limit else direction * (limit / length)
 
 
+def has_digits(hessian: Tensor, factor: Tensor) -> Tensor:
+    """Whether each pivot of Cholesky's `factor` is more than the rounding of what it is left of, 0-d.
+
+    Of a singular Hessian rounding may leave positive pivots, on some processors, and directions without a meaning.
+    """
+    rounding = hessian.shape[0] * torch.finfo(hessian.dtype).eps
+    return (factor.diagonal().square() > rounding * hessian.diagonal()).all()
+
+
 def _dense_direction(hessian: Tensor, grad: Tensor) -> tuple[Tensor, bool]:
     """The Newton direction, and whether the Hessian is positive definite."""
     factor, info = linalg.cholesky_ex(hessian)
-    if int(info) == 0:
+    if int(info) == 0 and bool(has_digits(hessian, factor)):
         return -torch.cholesky_solve(grad[:, None], factor)[:, 0], True
     values, vectors = linalg.eigh(hessian)
     size = values.abs()
