@@ -7,9 +7,9 @@ layers that have no forward-mode rule. Forward mode is there for those who ask f
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from typing import Any
+import weakref
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from bilevel._errors import ObjectiveError
 from bilevel._types import Tree
 
 Function = Callable[..., Tensor]
+#: Takes the cotangent of a step of descent to those of x and y.
+Pull = Callable[[Tree], tuple[Tensor, Tree]]
+Made = TypeVar("Made")
 func: Any = torch.func  # its stubs are untyped
 
 
@@ -194,19 +197,49 @@ class LinearizedGradient:
         return 0.5 * (rows + rows.mT).to(identity)
 
 
-def weighed(make: Callable[[], LinearizedGradient]) -> tuple[LinearizedGradient, float]:
-    """What `make` returns, and the bytes of what its graph keeps; infinitely many where that cannot be known."""
-    sizes: dict[int, int] = {}
+def descended(fun: Function, x: Tensor, y: Tree, lr: float) -> tuple[Tree, Tree, Pull]:
+    """A step of gradient descent on `fun(x, y)` in y, with the graph that leads back through it.
+
+    Returns:
+        `y - lr * g`; the gradient g in y; and the function that takes a cotangent of the former, a tree like y, to
+        those of x and y. That can be called once: it drops the graph.
+    """
+    with torch.enable_grad():
+        tracked, ((u,), v) = _variables((x, y))
+        grad = _grad(fun(*tracked), v, create_graph=True)
+        reached = [torch.add(leaf, g, alpha=-lr) for leaf, g in zip(v, grad, strict=True)]
+
+    def pull(cotangent: Tree) -> tuple[Tensor, Tree]:
+        found = torch.autograd.grad(reached, (u, *v), _tree.leaves(cotangent), allow_unused=True)
+        of_x = torch.zeros_like(u) if found[0] is None else found[0]  # pyright: ignore[reportUnnecessaryComparison]
+        return of_x, _tree.unflatten_like(y, found[1:])
+
+    ends = [_tree.unflatten_like(y, [part.detach() for part in end]) for end in (reached, grad)]
+    return ends[0], ends[1], pull
+
+
+def weighed(
+    make: Callable[[], Made], *given: Tensor
+) -> tuple[Made, MutableMapping[Any, int] | None]:
+    """What `make` returns, and the bytes of each memory that its graph keeps or that is `given`.
+
+    Memory that is freed leaves the mapping, so that once the graph is dropped, what others hold too remains in it. It
+    is None where it cannot be known.
+    """
+    sizes: MutableMapping[Any, int] = weakref.WeakKeyDictionary()
 
     def saved(tensor: Tensor) -> Tensor:
-        sizes[tensor.data_ptr()] = tensor.nbytes
+        storage = tensor.untyped_storage()
+        sizes[storage] = storage.nbytes()
         return tensor
 
+    for tensor in given:
+        saved(tensor)
     try:
         with torch.autograd.graph.saved_tensors_hooks(saved, lambda tensor: tensor):
-            return make(), sum(sizes.values())
+            return make(), sizes
     except RuntimeError:  # transformations of torch.func inside of the function take no hooks
-        return make(), math.inf
+        return make(), None
 
 
 def gradient_of(fun: Function, x: Tree, y: Tree, data: Any) -> Tree:

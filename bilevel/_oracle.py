@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from bilevel import _autodiff
-from bilevel._autodiff import LinearizedGradient, LinearizedMap
+from bilevel._autodiff import LinearizedGradient, LinearizedMap, Pull
 from bilevel._problem import BilevelProblem, split_data
 from bilevel._returned import samples, scalar
 from bilevel._solution import Evaluations
@@ -96,10 +96,16 @@ class Oracle:
         """The gradient in y of `upper * F + lower * f + plus` at vectors x and y, with its products."""
         return CountedGradient(self._linear(x, y, upper, lower, plus), self._counts)
 
-    def weighed(self, x: Tensor, y: Tensor) -> tuple[CountedGradient, float]:
-        """The gradient of f in y with its products, and the bytes of its graph; infinite where they are not known."""
-        linear, size = _autodiff.weighed(lambda: self._linear(x, y, 0.0, 1.0, None))
-        return CountedGradient(linear, self._counts), size
+    def descended(self, x: Tensor, y: Tree, lr: float) -> tuple[Tree, Tree, Pull]:
+        """A step of gradient descent on f, the gradient, and the way back, once: see `_autodiff.descended`."""
+        self._counts["lower_grad"] += 1
+        reached, grad, pull = _autodiff.descended(self._lower, x, y, lr)
+
+        def counted(cotangent: Tree) -> tuple[Tensor, Tree]:
+            self._counts["hvp"] += 2
+            return pull(cotangent)
+
+        return reached, grad, counted
 
     def _linear(
         self,
