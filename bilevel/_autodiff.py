@@ -19,8 +19,6 @@ from bilevel._errors import ObjectiveError
 from bilevel._types import Tree
 
 Function = Callable[..., Tensor]
-#: Takes the cotangent of a step of descent to those of x and y.
-Pull = Callable[[Tree], tuple[Tensor, Tree]]
 Made = TypeVar("Made")
 func: Any = torch.func  # its stubs are untyped
 
@@ -197,25 +195,33 @@ class LinearizedGradient:
         return 0.5 * (rows + rows.mT).to(identity)
 
 
-def descended(fun: Function, x: Tensor, y: Tree, lr: float) -> tuple[Tree, Tree, Pull]:
-    """A step of gradient descent on `fun(x, y)` in y, with the graph that leads back through it.
+class Descent:
+    """Steps of gradient descent on `fun(x, y)` in y, whose one graph leads back through all of them."""
 
-    Returns:
-        `y - lr * g`; the gradient g in y; and the function that takes a cotangent of the former, a tree like y, to
-        those of x and y. That can be called once: it drops the graph.
-    """
-    with torch.enable_grad():
-        tracked, ((u,), v) = _variables((x, y))
-        grad = _grad(fun(*tracked), v, create_graph=True)
-        reached = [torch.add(leaf, g, alpha=-lr) for leaf, g in zip(v, grad, strict=True)]
+    def __init__(self, fun: Function, x: Tensor, y: Tree, lr: float) -> None:
+        self._fun, self._like, self._lr = fun, y, lr
+        _, ((self._x,), self._first) = _variables((x, y))
+        self._last = self._first
 
-    def pull(cotangent: Tree) -> tuple[Tensor, Tree]:
-        found = torch.autograd.grad(reached, (u, *v), _tree.leaves(cotangent), allow_unused=True)
-        of_x = torch.zeros_like(u) if found[0] is None else found[0]  # pyright: ignore[reportUnnecessaryComparison]
-        return of_x, _tree.unflatten_like(y, found[1:])
+    def step(self) -> tuple[Tree, Tree]:
+        """The next iterate, and the gradient in y that led there."""
+        with torch.enable_grad():
+            output = self._fun(self._x, _tree.unflatten_like(self._like, self._last))
+            grad = _grad(output, self._last, create_graph=True)
+            pairs = zip(self._last, grad, strict=True)
+            self._last = [torch.add(leaf, g, alpha=-self._lr) for leaf, g in pairs]
+        return self._detached(self._last), self._detached(grad)
 
-    ends = [_tree.unflatten_like(y, [part.detach() for part in end]) for end in (reached, grad)]
-    return ends[0], ends[1], pull
+    def pull(self, cotangent: Tree) -> tuple[Tensor, Tree]:
+        """From a cotangent of the last iterate those of x and of the first, once: the graph goes with it."""
+        inputs = (self._x, *self._first)
+        found = torch.autograd.grad(
+            self._last, inputs, _tree.leaves(cotangent), allow_unused=True, materialize_grads=True
+        )
+        return found[0], _tree.unflatten_like(self._like, found[1:])
+
+    def _detached(self, leaves: Sequence[Tensor]) -> Tree:
+        return _tree.unflatten_like(self._like, [leaf.detach() for leaf in leaves])
 
 
 def weighed(

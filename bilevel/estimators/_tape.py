@@ -8,11 +8,11 @@ from collections.abc import Callable
 from torch import Tensor
 
 from bilevel import _tree
-from bilevel._autodiff import Pull, weighed
-from bilevel._oracle import Oracle
+from bilevel._autodiff import weighed
+from bilevel._oracle import CountedDescent, Oracle
 from bilevel._types import Tree
 
-_Adjoint = Callable[[Pull], None]
+_Adjoint = Callable[[CountedDescent], None]
 
 
 class Tape:
@@ -27,27 +27,28 @@ class Tape:
     def __init__(self, oracle: Oracle, x: Tensor, lr: float, steps: int, memory: int) -> None:
         self._oracle, self._x, self._lr, self._steps, self._memory = oracle, x, lr, steps, memory
         self._taken = 0
-        self._pulls: list[Pull] = []  # of the last steps
+        self._graph: CountedDescent | None = None  # of the last steps
         self._iterates: list[Tree] = []  # of the others, every so many
 
     def step(self, y: Tree) -> tuple[Tree, Tree]:
         """The next iterate, and the gradient of f that led there."""
         if self._taken == 0:
-            reached, grad = self._first(y)
+            reached = self._first(y)
         elif self._taken < self._others:
-            reached, grad = self._plain(y)
+            reached = self._plain(y)
         else:
-            reached, grad, pull = self._oracle.descended(self._x, y, self._lr)
-            self._pulls.append(pull)
+            self._graph = self._graph or self._oracle.descent(self._x, y, self._lr)
+            reached = self._graph.step()
         if self._taken < self._others and self._taken % self._every == 0:
             self._iterates.append(y)
         self._taken += 1
-        return reached, grad
+        return reached
 
     def back(self, adjoint: _Adjoint) -> None:
-        """Call `adjoint` with the way back through each step, from the last to the first."""
-        while self._pulls:
-            adjoint(self._pulls.pop())
+        """Call `adjoint` with the graph of each piece of the steps, from the last to the first."""
+        if self._graph is not None:
+            adjoint(self._graph)
+            self._graph = None
         self._back(self._iterates, self._every, self._others, adjoint)
 
     def _first(self, y: Tree) -> tuple[Tree, Tree]:
@@ -55,19 +56,17 @@ class Tape:
         if self._memory == 0:
             self._divide(y, 0)
             return self._plain(y)
-        (reached, grad, pull), sizes = weighed(
-            lambda: self._oracle.descended(self._x, y, self._lr), *_tree.leaves(y)
-        )
+        self._graph = self._oracle.descent(self._x, y, self._lr)
+        reached, sizes = weighed(self._graph.step, *_tree.leaves(y))
         total = math.inf if sizes is None else sum(sizes.values())
         if self._steps * total <= self._memory:
             self._divide(y, self._steps)
-            self._pulls.append(pull)
-            return reached, grad
-        del pull
+            return reached
+        self._graph = None
         # What is still there, the data for example, belongs to no step: but its iterate does.
         own = math.inf if sizes is None else total - sum(sizes.values()) + _tree.nbytes(y)
         self._divide(y, min(int(self._memory // own), self._steps - 1))
-        return reached, grad
+        return reached
 
     def _divide(self, y: Tree, kept: int) -> None:
         """Decide which iterates to keep, where the graphs of the last `kept` steps are."""
@@ -90,12 +89,10 @@ class Tape:
             if every > self._at_once:
                 self._back(self._between(y, end - start), self._at_once, end - start, adjoint)
             else:
-                pulls: list[Pull] = []
+                graph = self._oracle.descent(self._x, y, self._lr)
                 for _ in range(start, end):
-                    y, _, pull = self._oracle.descended(self._x, y, self._lr)
-                    pulls.append(pull)
-                while pulls:
-                    adjoint(pulls.pop())
+                    graph.step()
+                adjoint(graph)
             end = start
 
     def _between(self, y: Tree, steps: int) -> list[Tree]:

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from bilevel import _tree
-from bilevel._autodiff import Pull
 from bilevel._errors import check_count, check_kind, check_number
-from bilevel._oracle import Oracle
+from bilevel._oracle import CountedDescent, Oracle
 from bilevel._problem import BilevelProblem
 from bilevel._solution import Status
 from bilevel._types import Tree
@@ -37,7 +36,7 @@ class Unrolled(Estimator):
     fit into `graph_memory`. Those of the others are built on the way back, as many at a time, from iterates that were
     kept: a second gradient for each of these steps, and a third for most of them where the graphs that fit are fewer
     than $\sqrt T / 2$. Whatever T is, there are at most $2 \sqrt T$ such iterates, or as many as fit into
-    `graph_memory` once more. The numbers are the same bit for bit.
+    `graph_memory` once more.
 
     Forward mode carries $dy_t/dx$, shape (n, m), along with the steps: it keeps nothing, and costs m products a
     step, so it is for a few upper variables.
@@ -184,9 +183,9 @@ class Unrolled(Estimator):
         upper, grad, cotangent = oracle.upper_grad(x, y)
         upper_y = _tree.length(cotangent)
 
-        def adjoint(pull: Pull) -> None:
+        def adjoint(steps: CountedDescent) -> None:
             nonlocal grad, cotangent
-            of_x, cotangent = pull(cotangent)
+            of_x, cotangent = steps.pull(cotangent)
             grad = grad + of_x
 
         tape.back(adjoint)
