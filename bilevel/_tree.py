@@ -87,6 +87,11 @@ def size(tree: Tree) -> int:
     return sum(leaf.numel() for leaf in leaves(tree))
 
 
+def nbytes(tree: Tree) -> int:
+    """The bytes of all leaves."""
+    return sum(leaf.nbytes for leaf in leaves(tree))
+
+
 def vdot(left: Tree, right: Tree) -> Tensor:
     """The inner product over all leaves, a 0-d tensor."""
     products = [
@@ -123,6 +128,12 @@ def axpy(scale: float | Tensor, left: Tree, right: Tree) -> Tree:
     )
 
 
+def stepped(point: Tree, direction: Tree, lr: float) -> Tree:
+    """`point - lr * direction`, in one pass over each leaf."""
+    pairs = zip(leaves(point), leaves(direction), strict=True)
+    return unflatten_like(point, [torch.add(leaf, d, alpha=-lr) for leaf, d in pairs])
+
+
 def scale(factor: float | Tensor, tree: Tree) -> Tree:
     """`factor * tree`."""
     return unflatten_like(tree, [leaf * factor for leaf in leaves(tree)])
@@ -143,15 +154,21 @@ def is_finite(tree: Tree) -> bool:
     )
 
 
-def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
+def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tree], Tree]]:
     """One vector of all entries, and the function that puts such a vector back into the tree.
 
     The function keeps the graph: gradients flow from the tree to the vector. Leaves of several
-    dtypes meet in the widest of them, float32 at least, and return to their own.
+    dtypes meet in the widest of them, float32 at least, and return to their own. What is a tree
+    already passes through it.
     """
     if isinstance(tree, Tensor) and tree.dim() == 1 and tree.dtype in _WIDE:
         own = tree.dtype
-        return tree, lambda vector: vector if vector.dtype == own else vector.to(own)
+
+        def as_own(vector: Tree) -> Tree:
+            is_ready = not isinstance(vector, Tensor) or vector.dtype == own
+            return vector if is_ready else vector.to(own)
+
+        return tree, as_own
     parts = leaves(tree)
     dtype = torch.float32
     for leaf in parts:
@@ -159,12 +176,15 @@ def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
     shapes = [leaf.shape for leaf in parts]
     dtypes = [leaf.dtype for leaf in parts]
     sizes = [leaf.numel() for leaf in parts]
+    like = unflatten_like(tree, dtypes)  # the structure alone, so that the tensors need not live on
 
-    def unravel(vector: Tensor) -> Tree:
+    def unravel(vector: Tree) -> Tree:
+        if not isinstance(vector, Tensor):
+            return vector
         pieces = torch.split(vector, sizes) if len(sizes) > 1 else (vector,)
         views = [p.view(s) for p, s in zip(pieces, shapes, strict=True)]
         return unflatten_like(
-            tree, [v if v.dtype == d else v.to(d) for v, d in zip(views, dtypes, strict=True)]
+            like, [v if v.dtype == d else v.to(d) for v, d in zip(views, dtypes, strict=True)]
         )
 
     return torch.cat([leaf.reshape(-1).to(dtype) for leaf in parts]), unravel

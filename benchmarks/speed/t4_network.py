@@ -19,6 +19,7 @@ from speed.work import Answer, Hypergradient, Work, relative_error
 WIDTHS = (64, 968, 968, 10)  # 1,010,602 parameters
 SAMPLES = 128  # on each level
 STEPS = (10, 50, 100)
+ALL = 2**40  # bytes: room for the graphs of all steps
 COMPILED = 10  # steps up to which it is worth the minutes: each makes the graph longer
 
 
@@ -57,12 +58,18 @@ def contenders(task: Work, steps: int) -> list[Contender]:
         return Contender(library, method, lambda: partial(make(), task.x, task.y))
 
     estimator = bl.Unrolled(steps, lr=task.lr)
+
+    def graphs(memory: int) -> partial[Hypergradient]:
+        return partial(ours.hypergradient, task, replace(estimator, graph_memory=memory))
+
     compiled = partial(ours.compiled, task, replace(estimator, compile=True))
     in_one_graph = contender(OURS, "unrolled, compile=True", compiled)
     return [
         contender(FLOOR, "unrolled", partial(by_hand.unrolled, task, steps)),
         contender(FLOOR, "unrolled, recomputed", partial(by_hand.recomputed, task, steps)),
-        contender(OURS, "unrolled, recomputed", partial(ours.hypergradient, task, estimator)),
+        contender(OURS, "unrolled", graphs(ALL)),
+        contender(OURS, "unrolled, recomputed", graphs(estimator.graph_memory)),
+        contender(OURS, "unrolled, recomputed, graph_memory=0", graphs(0)),
         *([in_one_graph] if steps <= COMPILED else []),
         contender("TorchOpt", "unrolled", partial(peer, "TorchOpt", "unrolled", task, steps)),
         contender("BOAT", "unrolled", partial(peer, "BOAT", "unrolled", task, steps)),
@@ -87,6 +94,7 @@ def tables(rules: Rules) -> str:
         parts.append(f"{steps} lower steps\n\n" + rows(results, extra, columns))
     about = (
         f"{sum(y.numel() for y in task.y):,} parameters, {SAMPLES} samples on each level, float32. "
-        "`apart`: from the first row. Keeping the whole graph is faster, computing it twice is leaner.\n\n"
+        "`apart`: from the first row. Keeping the whole graph is faster, computing it twice is leaner: "
+        "`Unrolled(graph_memory=...)` says how much of it is kept, 64 MiB by default.\n\n"
     )
     return about + "\n\n".join(parts)
