@@ -30,7 +30,9 @@ def work(n: int) -> tuple[Work, Tensor]:
     x, zero = torch.ones(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
     truth = torch.linalg.solve(hessian, torch.linalg.solve(hessian, x) - target)
     newton_steps = 1 if n <= SMALL else 0
-    return Work(upper, lower, x, (zero,), *steps(1.0, CONDITION), newton_steps), truth
+    suited = *steps(1.0, CONDITION), newton_steps
+    data = hessian, target, torch.zeros((), dtype=torch.float64)
+    return Work(upper, lower, x, (zero,), *suited, "Quadratic", data), truth
 
 
 def steps(smallest: float, largest: float) -> tuple[float, float]:

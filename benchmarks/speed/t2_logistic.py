@@ -64,7 +64,8 @@ def work(features: Tensor, signs: Tensor, training: int) -> tuple[Work, Tensor]:
     # The curvature is largest at zero and at least that of the weights.
     bounds = float(weights.min()), float(torch.linalg.eigvalsh(curvature(zero))[-1])
     newton_steps = 6 if len(x) <= SMALL else 0
-    return Work(upper, lower, x, (zero,), *steps(*bounds), newton_steps), truth
+    suited = *steps(*bounds), newton_steps
+    return Work(upper, lower, x, (zero,), *suited, "Logistic", (A, B)), truth
 
 
 def tables(rules: Rules) -> str:
