@@ -213,7 +213,10 @@ def contenders(task: Cleaning, target: float) -> list[Contender]:
         contender("BOAT", "MESO", partial(_meso, work)),
         other("BOAT", unrolled, "unrolled", LOWER_STEPS),
         other("higher", unrolled, "unrolled", LOWER_STEPS),
-        *(Contender("benchopt", name, partial(benchopt, name)) for name in BENCHOPT),
+        *(
+            Contender("benchopt", f"{name} on batches", partial(benchopt, name))
+            for name in BENCHOPT
+        ),
     ]
 
 
