@@ -19,8 +19,7 @@ from speed.work import Answer, Hypergradient, Work, relative_error
 WIDTHS = (64, 968, 968, 10)  # 1,010,602 parameters
 SAMPLES = 128  # on each level
 STEPS = (10, 50, 100)
-IN_JAX = 50  # steps up to which JAX takes part: its seconds grow as those of the others
-COMPILED = 10  # steps up to which it is worth the minutes: each makes the graph longer
+COMPILED = 10  # steps up to which torch compiles, whose graph grows with each, and JAX takes part
 
 
 def work() -> Work:
@@ -71,7 +70,7 @@ def contenders(task: Work, steps: int) -> list[Contender]:
         contender("TorchOpt", "unrolled", partial(peer, "TorchOpt", "unrolled", task, steps)),
         contender("BOAT", "unrolled", partial(peer, "BOAT", "unrolled", task, steps)),
         contender("higher", "unrolled", partial(peer, "higher", "unrolled", task, steps)),
-        *([in_jax] if steps <= IN_JAX else []),
+        *([in_jax] if steps <= COMPILED else []),
     ]
 
 
