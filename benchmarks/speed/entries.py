@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -27,11 +28,12 @@ from speed.work import Answer, Hypergradient, Work, relative_error
 
 # Lower steps that are tried, a fifth more each time: the first number that is enough is timed.
 CANDIDATES = [round(8 * 1.2**k) for k in range(28)]  # to 1,099
+DIGITS = range(2, 10)  # of the norm of grad f, that a quasi-Newton method is tried to
 CG, UNROLLED, NEUMANN = "momentum + CG", "momentum, unrolled", "momentum + Neumann"
 
 
-def peer(name: str, method: str, work: Work, *numbers: float) -> Hypergradient:
-    """By another library, whose module is imported only now: it may be missing, or fail."""
+def peer(name: str, method: str, work: Work, *numbers: Any) -> Any:
+    """By another library, most often a `Hypergradient`; its module is imported only now: it may be missing, or fail."""
     module = importlib.import_module(f"peers.with_{PEERS[name]}")
     return getattr(module, method)(work, *numbers)
 
@@ -43,11 +45,15 @@ def contenders(work: Work, truth: Tensor, tolerance: float) -> list[Contender]:
     def error(answer: Answer) -> float:
         return relative_error(answer.value, truth)
 
-    def prepared(make: Callable[[int], Hypergradient], tries: list[int]) -> Callable[[], Run]:
+    def prepared(make: Callable[[int], Hypergradient], tries: Sequence[int]) -> Callable[[], Run]:
         def run_of(steps: int) -> Run:
             return partial(make(steps), work.x, work.y)
 
         return lambda: tuned(run_of, error, tolerance, tries)
+
+    def in_jax(name: str, method: str, tries: Sequence[int]) -> Callable[[], Run]:
+        """A program that is compiled once for all tries."""
+        return lambda: prepared(peer(name, method, work, rtol, products), tries)()
 
     def steps(make: Callable[[int], Hypergradient]) -> Callable[[], Run]:
         return prepared(make, CANDIDATES)
@@ -85,6 +91,9 @@ def contenders(work: Work, truth: Tensor, tolerance: float) -> list[Contender]:
         Contender("BOAT", CG, steps(lambda n: peer("BOAT", "implicit", work, n, n))),
         Contender("BOAT", UNROLLED, steps(lambda n: peer("BOAT", "unrolled", work, n))),
         Contender("higher", UNROLLED, steps(lambda n: peer("higher", "unrolled", work, n))),
+        Contender("JAX", CG, in_jax("JAX", "implicit", CANDIDATES)),
+        Contender("JAXopt", "L-BFGS + CG", in_jax("JAXopt", "lbfgs", DIGITS)),
+        *([Contender("JAXopt", "CG + CG", in_jax("JAXopt", "cg", [0]))] if work.quadratic else []),
     ]
 
 

@@ -29,7 +29,8 @@ def work(n: int) -> tuple[Work, Tensor]:
 
     x, zero = torch.ones(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
     truth = torch.linalg.solve(hessian, torch.linalg.solve(hessian, x) - target)
-    return Work(upper, lower, x, (zero,), *steps(1.0, CONDITION)), truth
+    data = hessian, target, torch.zeros((), dtype=torch.float64)
+    return Work(upper, lower, x, (zero,), *steps(1.0, CONDITION), "Quadratic", data), truth
 
 
 def steps(smallest: float, largest: float) -> tuple[float, float]:

@@ -63,7 +63,7 @@ def work(features: Tensor, signs: Tensor, training: int) -> tuple[Work, Tensor]:
     truth = -weights * y * torch.linalg.solve(curvature(y), upper_y)
     # The curvature is largest at zero and at least that of the weights.
     bounds = float(weights.min()), float(torch.linalg.eigvalsh(curvature(zero))[-1])
-    return Work(upper, lower, x, (zero,), *steps(*bounds)), truth
+    return Work(upper, lower, x, (zero,), *steps(*bounds), "Logistic", (A, B)), truth
 
 
 def tables(rules: Rules) -> str:

@@ -20,7 +20,7 @@ WIDTHS = (64, 968, 968, 10)  # 1,010,602 parameters
 SAMPLES = 128  # on each level
 STEPS = (10, 50, 100)
 ALL = 2**40  # bytes: room for the graphs of all steps
-COMPILED = 10  # steps up to which it is worth the minutes: each makes the graph longer
+COMPILED = 10  # steps up to which torch compiles, whose graph grows with each, and JAX takes part
 
 
 def work() -> Work:
@@ -50,7 +50,9 @@ def work() -> Work:
     y: list[Tensor] = []
     for fan_in, fan_out in pairwise(WIDTHS):
         y += [normal(fan_in, fan_out) / fan_in**0.5, torch.zeros(fan_out)]
-    return Work(upper, lower, torch.zeros(SAMPLES), tuple(y), lr=0.05)
+    data = X, of_X, V, of_V, torch.zeros(())
+    x = torch.zeros(SAMPLES)
+    return Work(upper, lower, x, tuple(y), lr=0.05, family="Classifier", data=data)
 
 
 def contenders(task: Work, steps: int) -> list[Contender]:
@@ -64,6 +66,7 @@ def contenders(task: Work, steps: int) -> list[Contender]:
 
     compiled = partial(ours.compiled, task, replace(estimator, compile=True))
     in_one_graph = contender(OURS, "unrolled, compile=True", compiled)
+    in_jax = contender("JAX", "unrolled", partial(peer, "JAX", "unrolled", task, steps))
     return [
         contender(FLOOR, "unrolled", partial(by_hand.unrolled, task, steps)),
         contender(FLOOR, "unrolled, recomputed", partial(by_hand.recomputed, task, steps)),
@@ -74,6 +77,7 @@ def contenders(task: Work, steps: int) -> list[Contender]:
         contender("TorchOpt", "unrolled", partial(peer, "TorchOpt", "unrolled", task, steps)),
         contender("BOAT", "unrolled", partial(peer, "BOAT", "unrolled", task, steps)),
         contender("higher", "unrolled", partial(peer, "higher", "unrolled", task, steps)),
+        *([in_jax] if steps <= COMPILED else []),
     ]
 
 
