@@ -18,7 +18,7 @@ from bilevel._errors import StructureError
 from bilevel._types import Tree
 
 linalg: Any = torch.linalg  # its stubs are untyped
-foreach_norm: Any = torch._foreach_norm  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+kernels: Any = torch  # for lists of tensors, which its stubs leave out
 _WIDE = (torch.float32, torch.float64)  # the dtypes of vectors
 
 
@@ -108,7 +108,7 @@ def norm(tree: Tree) -> Tensor:
     parts = leaves(tree)
     if len(parts) == 1:
         return linalg.vector_norm(parts[0])
-    return linalg.vector_norm(torch.stack(foreach_norm(parts)))
+    return linalg.vector_norm(torch.stack(kernels._foreach_norm(parts)))
 
 
 def length(tree: Tree) -> float:
@@ -123,9 +123,12 @@ def rms(tree: Tree) -> float:
 
 def axpy(scale: float | Tensor, left: Tree, right: Tree) -> Tree:
     """`scale * left + right`."""
-    return unflatten_like(
-        right, [b + a * scale for a, b in zip(leaves(left), leaves(right), strict=True)]
-    )
+    if isinstance(right, Tensor):
+        return right + left * scale
+    ours, theirs = leaves(left), leaves(right)
+    if isinstance(scale, float) and abs(scale) == 1.0:  # nothing to round: one pass instead of two
+        return unflatten_like(right, kernels._foreach_add(theirs, ours, alpha=scale))
+    return unflatten_like(right, kernels._foreach_add(theirs, kernels._foreach_mul(ours, scale)))
 
 
 def stepped(point: Tree, direction: Tree, lr: float) -> Tree:
@@ -136,7 +139,9 @@ def stepped(point: Tree, direction: Tree, lr: float) -> Tree:
 
 def scale(factor: float | Tensor, tree: Tree) -> Tree:
     """`factor * tree`."""
-    return unflatten_like(tree, [leaf * factor for leaf in leaves(tree)])
+    if isinstance(tree, Tensor):
+        return tree * factor
+    return unflatten_like(tree, kernels._foreach_mul(leaves(tree), factor))
 
 
 def where(condition: Tensor, left: Tree, right: Tree) -> Tree:

@@ -1,6 +1,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,8 +9,9 @@ import pytest
 import torch
 from scipy.optimize import minimize, rosen
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from bilevel import Box, Status
+from bilevel import Box, State, Status, load_state, save_state
 from bilevel.optim import Newton, Point, QuasiNewton, SmoothFunction, Torch
 
 
@@ -272,7 +274,9 @@ def torch_optimizers() -> list[Any]:
         (torch.optim.SGD, {"momentum": 0.9}),
         (torch.optim.SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
         (torch.optim.Adam, {"betas": (0.8, 0.99)}),
+        (torch.optim.Adam, {"eps": 1e-3, "weight_decay": 0.1}),
         (torch.optim.Adam, {"amsgrad": True}),
+        (torch.optim.AdamW, {}),
         (torch.optim.AdamW, {"weight_decay": 0.1}),
         (torch.optim.RMSprop, {"momentum": 0.5}),
         (torch.optim.Adagrad, {}),
@@ -308,6 +312,93 @@ def test_torch_is_the_optimizer_used_directly_bit_for_bit(
         assert all(map(torch.equal, grad, kept[1]))
         variables = new
         assert all(map(torch.equal, variables, direct))
+
+
+ADAMS = [
+    pytest.param(torch.optim.Adam, {}, id="Adam"),
+    pytest.param(
+        torch.optim.Adam, {"betas": (0.0, 0.5), "eps": 0.1, "weight_decay": 0.3}, id="decay"
+    ),
+    pytest.param(torch.optim.AdamW, {"betas": (0.5, 0.0)}, id="AdamW"),
+    pytest.param(torch.optim.AdamW, {"weight_decay": 0, "max_norm": 0.5}, id="shortened"),
+]
+
+
+def leaves_of_many_kinds(dtype: torch.dtype, generator: torch.Generator) -> list[Tensor]:
+    shapes = [(2, 3, 3, 3), (4, 3, 1, 1), (4, 1, 3, 3)]
+    filters = [torch.randn(shape, generator=generator) for shape in shapes]
+    parts = [
+        *(part.to(memory_format=torch.channels_last) for part in filters),
+        torch.randn((), generator=generator),
+        torch.randn(5, 4, generator=generator).T,
+    ]
+    return [part.to(dtype) for part in parts]
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
+)
+@pytest.mark.parametrize(("optimizer", "options"), ADAMS)
+def test_adam_written_out_is_that_of_torch_bit_for_bit(
+    optimizer: Any, options: Any, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Those of `torch.optim`, asked for by an option that changes nothing, go on from its memory and the reverse."""
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = (
+        Torch(optimizer, lr=lambda k: 0.1 / (k + 1), **options, **more)
+        for more in ({}, {"foreach": False})
+    )
+    x = expected = leaves_of_many_kinds(dtype, generator)
+    memory, other = ours.init(x), theirs.init(x)
+    for k in range(8):
+        grads = leaves_of_many_kinds(dtype, generator)
+        grads[0] = grads[0].contiguous()  # in another layout than its variable
+        kept = [part.clone() for part in (*x, *grads)]
+        new, memory = (theirs if k == 5 else ours).step(x, grads, memory)
+        assert all(map(torch.equal, (*x, *grads), kept))
+        expected, other = theirs.step(expected, grads, other)
+        for leaf, reference in zip(new, expected, strict=True):
+            assert torch.equal(leaf, reference)
+            assert (leaf.dtype, leaf.stride()) == (reference.dtype, reference.stride())
+        for slot, reference in zip(memory["slots"], other["slots"], strict=True):
+            assert slot.keys() == reference.keys()
+            assert all(torch.equal(slot[name], reference[name]) for name in slot)
+            assert all(slot[name].dtype == reference[name].dtype for name in slot)
+            assert all(slot[name].stride() == reference[name].stride() for name in slot)
+        save_state(tmp_path / "state.pt", State(new, [], memory=memory))
+        state = load_state(tmp_path / "state.pt")
+        x, memory = state.x, state.memory
+
+
+def test_only_plain_adam_is_written_out() -> None:
+    taken: list[Any] = []
+    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: taken.append(optimizer))
+    x = [torch.ones(2)]
+    options = [{"betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.1}]
+    options += [{name: True} for name in ("amsgrad", "maximize", "foreach", "fused")]
+    try:
+        counts = []
+        for some in options:
+            adam = Torch(torch.optim.AdamW, lr=0.1, **some)
+            adam.step(x, x, adam.init(x))
+            counts.append(len(taken))
+    finally:
+        hook.remove()
+    assert counts == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"betas": (1.0, 0.9)}, {"betas": (0.5, -0.1)}, {"eps": -1.0}, {"weight_decay": -1.0}],
+)
+def test_adam_out_of_range_is_refused_by_torch(options: Any) -> None:
+    x = [torch.ones(2)]
+    adam = Torch(torch.optim.Adam, lr=0.1, **options)
+    with pytest.raises(ValueError, match="Invalid"):
+        adam.step(x, x, adam.init(x))
+    falling = Torch(torch.optim.Adam, lr=lambda _: -0.1)
+    with pytest.raises(ValueError, match="Invalid learning rate"):
+        falling.step(x, x, falling.init(x))
 
 
 def test_torch_memory_of_the_past_is_not_written_into() -> None:

@@ -14,6 +14,7 @@ from bilevel import _tree
 from bilevel._errors import check_count, check_number
 from bilevel._solution import Status
 from bilevel._types import Schedule
+from bilevel.optim._adam import written_out
 from bilevel.optim._base import Minimizer, Minimum, Point, SmoothFunction
 
 _HALVINGS = 40  # 2^-40 of a step is no step
@@ -102,9 +103,14 @@ class Torch(Minimizer):
             moved = [_descended(*group, self.rate(0), momentum) for group in groups]
             slots = [slot for _, slot in moved]
             return [leaf for leaf, _ in moved], {"count": memory["count"] + 1, "slots": slots}
+        lr = self.rate(memory["count"])
+        adam = written_out(self.optimizer, self.options, lr, variables)
+        if adam is not None:
+            new, slots = adam.step(variables, self._prepared(variables, grads), memory["slots"], lr)
+            return new, {"count": memory["count"] + 1, "slots": slots}
         new = [leaf.detach().clone() for leaf in variables]
         self._set_grads(new, grads)
-        optimizer = self.optimizer(new, lr=self.rate(memory["count"]), **self.options)
+        optimizer = self.optimizer(new, lr=lr, **self.options)
         for leaf, slot in zip(new, memory["slots"], strict=True):
             if slot:
                 optimizer.state[leaf] = {
@@ -119,14 +125,19 @@ class Torch(Minimizer):
         }
 
     def _set_grads(self, variables: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+        for leaf, grad in zip(variables, self._prepared(variables, grads), strict=True):
+            leaf.grad = grad
+
+    def _prepared(self, variables: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
+        """The gradients, shortened where that is asked for, in the layout of their variables."""
         if self.max_norm is not None:
-            shortened = (self.max_norm / _tree.norm(list(grads))).clamp(max=1.0)
-            grads = [grad * shortened for grad in grads]
-        for leaf, grad in zip(variables, grads, strict=True):
-            # Fused optimizers take the entries in memory order, which must be the variable's.
-            leaf.grad = (
-                grad if grad.stride() == leaf.stride() else torch.empty_like(leaf).copy_(grad)
-            )
+            tree = list(grads)
+            grads = _tree.scale((self.max_norm / _tree.norm(tree)).clamp(max=1.0), tree)
+        return [
+            # Kernels over many tensors, fused ones above all, take the entries in memory order.
+            grad if grad.stride() == leaf.stride() else torch.empty_like(leaf).copy_(grad)
+            for leaf, grad in zip(variables, grads, strict=True)
+        ]
 
     def minimize(
         self,
