@@ -181,7 +181,8 @@ def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tree], Tree]]:
     shapes = [leaf.shape for leaf in parts]
     dtypes = [leaf.dtype for leaf in parts]
     sizes = [leaf.numel() for leaf in parts]
-    like = unflatten_like(tree, dtypes)  # the structure alone, so that the tensors need not live on
+    # The structure alone, so that the tensors need not live on; of tensors, as `torch.compile` follows no others.
+    like = unflatten_like(tree, [leaf.new_empty(0) for leaf in parts])
 
     def unravel(vector: Tree) -> Tree:
         if not isinstance(vector, Tensor):
