@@ -34,7 +34,7 @@ TASKS = {
     "t5": "t5_echoir",
     "t6": "t6_upsampler",
 }
-PEERS = ("torchopt", "betty-ml", "boat-torch", "higher")
+PEERS = ("torchopt", "betty-ml", "boat-torch", "higher", "jax", "jaxopt")
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ layers that have no forward-mode rule. Forward mode is there for those who ask f
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from typing import Any
+import weakref
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,18 +19,24 @@ from bilevel._errors import ObjectiveError
 from bilevel._types import Tree
 
 Function = Callable[..., Tensor]
+Made = TypeVar("Made")
 func: Any = torch.func  # its stubs are untyped
 
 
 def _variables(trees: tuple[Tree, ...]) -> tuple[list[Tree], list[list[Tensor]]]:
+    parts = [[_tracked(leaf) for leaf in _tree.leaves(tree)] for tree in trees]
+    tracked = [_tree.unflatten_like(*pair) for pair in zip(trees, parts, strict=True)]
+    return tracked, parts
+
+
+def _tracked(leaf: Tensor) -> Tensor:
+    """The same numbers, to differentiate by."""
     if torch.is_inference_mode_enabled():
         raise ObjectiveError(
             "Gradients must be taken outside `torch.inference_mode()`, where they would silently be zero. "
             "Got a call inside it. Leave that context, or use `torch.no_grad()`."
         )
-    parts = [[leaf.detach().requires_grad_(True) for leaf in _tree.leaves(tree)] for tree in trees]
-    tracked = [_tree.unflatten_like(*pair) for pair in zip(trees, parts, strict=True)]
-    return tracked, parts
+    return leaf.detach().requires_grad_(True)
 
 
 def _grad(output: Tensor, inputs: Sequence[Tensor], **options: Any) -> list[Tensor]:
@@ -43,6 +49,14 @@ def _grad(output: Tensor, inputs: Sequence[Tensor], **options: Any) -> list[Tens
         torch.zeros_like(leaf) if grad is None else grad  # pyright: ignore[reportUnnecessaryComparison]
         for leaf, grad in zip(inputs, found, strict=True)
     ]
+
+
+def _grad_of_one(output: Tensor, wrt: Tensor, **options: Any) -> Tensor:
+    """The same for one input: the lists would take longer than all else around a small gradient."""
+    if not output.requires_grad:
+        return torch.zeros_like(wrt)
+    (found,) = torch.autograd.grad(output, wrt, allow_unused=True, **options)
+    return torch.zeros_like(wrt) if found is None else found  # pyright: ignore[reportUnnecessaryComparison]
 
 
 def value(fun: Function, *trees: Tree) -> Tensor:
@@ -65,6 +79,10 @@ def value_and_grad(
         The value, 0-d, and one tree of gradients a variable; zeros where `fun` ignores a leaf.
     """
     with torch.enable_grad():
+        if len(trees) == 1 and isinstance(trees[0], Tensor):
+            wrt = _tracked(trees[0])
+            output = fun(wrt, *frozen)
+            return output.detach(), [_grad_of_one(output, wrt)]
         tracked, parts = _variables(trees)
         output = fun(*tracked, *frozen)
         flat = _grad(output, [leaf for group in parts for leaf in group])
@@ -91,7 +109,7 @@ def unused_leaves(fun: Function, *trees: Tree) -> list[list[int]]:
 
 def differentiable_grad(output: Tensor, wrt: Tensor) -> Tensor:
     """The gradient of the scalar `output` in the tracked `wrt`, with its own graph."""
-    return _grad(output, (wrt,), create_graph=True)[0]
+    return _grad_of_one(output, wrt, create_graph=True)
 
 
 def jacobian(fun: Function, *vectors: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -194,19 +212,57 @@ class LinearizedGradient:
         return 0.5 * (rows + rows.mT).to(identity)
 
 
-def weighed(make: Callable[[], LinearizedGradient]) -> tuple[LinearizedGradient, float]:
-    """What `make` returns, and the bytes of what its graph keeps; infinitely many where that cannot be known."""
-    sizes: dict[int, int] = {}
+class Descent:
+    """Steps of gradient descent on `fun(x, y)` in y, whose one graph leads back through all of them."""
+
+    def __init__(self, fun: Function, x: Tensor, y: Tree, lr: float) -> None:
+        self._fun, self._like, self._lr = fun, y, lr
+        _, ((self._x,), self._first) = _variables((x, y))
+        self._last = self._first
+
+    def step(self) -> tuple[Tree, Tree]:
+        """The next iterate, and the gradient in y that led there."""
+        with torch.enable_grad():
+            output = self._fun(self._x, _tree.unflatten_like(self._like, self._last))
+            grad = _grad(output, self._last, create_graph=True)
+            pairs = zip(self._last, grad, strict=True)
+            self._last = [torch.add(leaf, g, alpha=-self._lr) for leaf, g in pairs]
+        return self._detached(self._last), self._detached(grad)
+
+    def pull(self, cotangent: Tree) -> tuple[Tensor, Tree]:
+        """From a cotangent of the last iterate those of x and of the first, once: the graph goes with it."""
+        inputs = (self._x, *self._first)
+        found = torch.autograd.grad(
+            self._last, inputs, _tree.leaves(cotangent), allow_unused=True, materialize_grads=True
+        )
+        return found[0], _tree.unflatten_like(self._like, found[1:])
+
+    def _detached(self, leaves: Sequence[Tensor]) -> Tree:
+        return _tree.unflatten_like(self._like, [leaf.detach() for leaf in leaves])
+
+
+def weighed(
+    make: Callable[[], Made], *given: Tensor
+) -> tuple[Made, MutableMapping[Any, int] | None]:
+    """What `make` returns, and the bytes of each memory that its graph keeps or that is `given`.
+
+    Memory that is freed leaves the mapping, so that once the graph is dropped, what others hold too remains in it. It
+    is None where it cannot be known.
+    """
+    sizes: MutableMapping[Any, int] = weakref.WeakKeyDictionary()
 
     def saved(tensor: Tensor) -> Tensor:
-        sizes[tensor.data_ptr()] = tensor.nbytes
+        storage = tensor.untyped_storage()
+        sizes[storage] = storage.nbytes()
         return tensor
 
+    for tensor in given:
+        saved(tensor)
     try:
         with torch.autograd.graph.saved_tensors_hooks(saved, lambda tensor: tensor):
-            return make(), sum(sizes.values())
+            return make(), sizes
     except RuntimeError:  # transformations of torch.func inside of the function take no hooks
-        return make(), math.inf
+        return make(), None
 
 
 def gradient_of(fun: Function, x: Tree, y: Tree, data: Any) -> Tree:
@@ -238,4 +294,4 @@ def gradient_and_tangents(
 
 
 def _grad_of_vector(output: Tensor, wrt: Tensor, cotangent: Tensor, **options: Any) -> Tensor:
-    return _grad(output, (wrt,), grad_outputs=cotangent, retain_graph=True, **options)[0]
+    return _grad_of_one(output, wrt, grad_outputs=cotangent, retain_graph=True, **options)

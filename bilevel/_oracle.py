@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from bilevel import _autodiff
-from bilevel._autodiff import LinearizedGradient, LinearizedMap
+from bilevel._autodiff import Descent, LinearizedGradient, LinearizedMap
 from bilevel._problem import BilevelProblem, split_data
 from bilevel._returned import samples, scalar
 from bilevel._solution import Evaluations
@@ -96,10 +96,9 @@ class Oracle:
         """The gradient in y of `upper * F + lower * f + plus` at vectors x and y, with its products."""
         return CountedGradient(self._linear(x, y, upper, lower, plus), self._counts)
 
-    def weighed(self, x: Tensor, y: Tensor) -> tuple[CountedGradient, float]:
-        """The gradient of f in y with its products, and the bytes of its graph; infinite where they are not known."""
-        linear, size = _autodiff.weighed(lambda: self._linear(x, y, 0.0, 1.0, None))
-        return CountedGradient(linear, self._counts), size
+    def descent(self, x: Tensor, y: Tree, lr: float) -> CountedDescent:
+        """Steps of gradient descent on f from y, and the way back through them."""
+        return CountedDescent(Descent(self._lower, x, y, lr), self._counts)
 
     def _linear(
         self,
@@ -144,6 +143,22 @@ class Oracle:
             return fun(u, v, self._data.lower)
 
         return CountedMap(LinearizedMap(on_data, x, y), self._counts)
+
+
+class CountedDescent:
+    """A `Descent` whose gradients are counted, and two products for each on the way back."""
+
+    def __init__(self, descent: Descent, counts: dict[str, int]) -> None:
+        self._descent, self._counts, self._steps = descent, counts, 0
+
+    def step(self) -> tuple[Tree, Tree]:
+        self._counts["lower_grad"] += 1
+        self._steps += 1
+        return self._descent.step()
+
+    def pull(self, cotangent: Tree) -> tuple[Tensor, Tree]:
+        self._counts["hvp"] += 2 * self._steps
+        return self._descent.pull(cotangent)
 
 
 class CountedMap:

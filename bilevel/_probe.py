@@ -33,6 +33,7 @@ class Probe:
         failure: Why the lower problem has no solution, or empty.
         kink: How f fails to be smooth at its minimum, or empty.
         term: What then states the lower problem as a fixed point.
+        spectrum: All eigenvalues of the lower Hessian, shape (n,), where it was formed; else None.
         findings: The measurements, in sentences.
     """
 
@@ -41,6 +42,7 @@ class Probe:
         self.differentiable, self.unique, self.why, self.failure = True, True, "", ""
         self.kink, self.term = "", ""
         self.is_proven = True
+        self.spectrum: Tensor | None = None
         self.findings: list[str] = []
         size = max(_tree.rms(y), 1e-2 * _tree.length(x), 1e-3)
         missing = self._second_order(y)
@@ -188,7 +190,7 @@ class Probe:
             hessian = linear.hessian()
             if not _tree.is_finite(hessian):
                 return math.nan, math.nan
-            values = linalg.eigvalsh(hessian)
+            values = self.spectrum = linalg.eigvalsh(hessian)
             return float(values[0]), float(values[-1])
         generator = torch.Generator().manual_seed(0)
         v = _tree.normal_like(y, generator)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,7 +62,8 @@ class BilevelProblem:
             Solvers then form the difference f(x, y) - f(x, z) sample by sample, which keeps its
             digits in float32 where the difference of two means loses them.
         unravel: None for a problem that a user states. Where a solver has made one over vectors of it, the two
-            functions that put a vector back into the user's trees x and y.
+            functions that put a vector back into the user's trees x and y. What is such a tree already passes through
+            them, and so can be an argument of the functions above.
         programs: What was compiled for the problem, and for those over vectors that were made of it.
 
     Raises:
@@ -151,14 +152,11 @@ def ravel(
     x_vector, unravel_x = _tree.ravel(x)
     y_vector, unravel_y = _tree.ravel(y)
 
-    def over_vectors(fun: Objective | None) -> Any:
-        def over(u: Tensor, v: Tensor, data: Any) -> Tensor:
-            return cast(Objective, fun)(unravel_x(u), unravel_y(v), data)
+    def over_vectors(fun: Objective) -> Objective:
+        return lambda u, v, data: fun(unravel_x(u), unravel_y(v), data)
 
-        return fun and over
-
-    def constraint(name: str) -> Any:
-        over, first = over_vectors(getattr(problem, name)), list[Tensor]()
+    def constraint(fun: Objective, name: str) -> Objective:
+        over, first = over_vectors(fun), list[Tensor]()
 
         def steady(u: Tensor, v: Tensor, data: Any) -> Tensor:
             value = vector(over(u, v, data), name)
@@ -167,7 +165,7 @@ def ravel(
             check_size(value, first[0], name)
             return value
 
-        return over and steady
+        return steady
 
     domain = problem.domain
     if isinstance(domain, Box):
@@ -175,10 +173,11 @@ def ravel(
         domain = Box(_tree.ravel(low)[0], _tree.ravel(high)[0])
     elif domain is not None:
         domain = _over_vectors(domain, unravel_x)
+    constraints = [(name, getattr(problem, name)) for name in CONSTRAINTS]
     flat = BilevelProblem(
         over_vectors(problem.upper),
         over_vectors(problem.lower),
-        **{name: constraint(name) for name in CONSTRAINTS},
+        **{name: constraint(fun, name) for name, fun in constraints if fun is not None},
         domain=domain,
         per_sample=problem.per_sample,
         unravel=(

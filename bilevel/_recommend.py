@@ -6,15 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from bilevel import _tree
-from bilevel._errors import check_number
+from bilevel._errors import check_kind, check_number
+from bilevel._implicit_for import implicit_for
 from bilevel._probe import Probe
 from bilevel._problem import CONSTRAINTS, BilevelProblem, ravel
 from bilevel._solution import table
 from bilevel._types import Tree
 from bilevel.estimators import Implicit, ImplicitKKT, check_problem
-from bilevel.estimators._base import LINEAR_SOLVED
-from bilevel.estimators._stationarity import DENSE
-from bilevel.linear import CG, Dense
 from bilevel.solvers import ASBLO, HypergradientDescent, Solver
 
 
@@ -41,7 +39,13 @@ class Recommendation:
 
 
 def recommend(
-    problem: BilevelProblem, x: Tree, y: Tree, data: Any = None, *, rtol: float | None = None
+    problem: BilevelProblem,
+    x: Tree,
+    y: Tree,
+    data: Any = None,
+    *,
+    rtol: float | None = None,
+    compile: bool = False,  # noqa: A002  # the word of the estimators
 ) -> Recommendation:
     """Name the solver that fits a problem, after probing it at (x, y).
 
@@ -55,14 +59,18 @@ def recommend(
         y: Where the lower solve starts.
         data: A `Batch`, or what both objectives get as their third argument.
         rtol: Relative error of a hypergradient that is good enough, > 0, e.g. 1e-3 for a loop of your own: the lower
-            problem is then solved to a tenth of it. None for as well as the numbers allow, as the line searches of
-            `solve` and its certificate want it.
+            problem and the linear system are then solved to a tenth of it. None for as well as the numbers allow, as
+            the line searches of `solve` and its certificate want it.
+        compile: Whether half a minute at the first call is welcome, as where thousands of hypergradients are wanted.
+            Where the problem is small and smooth enough the method then is one compiled graph, with as many Newton
+            steps as were needed from y.
 
     Returns:
         The recommendation.
 
     Raises:
         ValueError: `rtol` is out of its range.
+        TypeError: `compile` is no bool.
         StructureError: `x` or `y` is no tree of floating tensors.
         ObjectiveError: An objective returns no scalar, or x or y is used by no objective.
 
@@ -78,6 +86,7 @@ def recommend(
     """
     if rtol is not None:
         check_number("recommend", "rtol", rtol, "Use e.g. 1e-3, or leave it out.")
+    check_kind("recommend(compile=...)", compile, bool, "Pass True or False.")
     check_problem(problem, x, y, data)
     flat, (u, v), _, _ = ravel(problem, _tree.detach(x), _tree.detach(y))
     probe = Probe(flat, u, v, data)
@@ -111,7 +120,9 @@ def recommend(
         refused += [(name, f"it would ignore {of_lower[0]}") for name in ("Implicit", "Unrolled")]
         implicit = HypergradientDescent(ImplicitKKT())
     else:
-        implicit = HypergradientDescent(_implicit(v.numel(), rtol))
+        estimator, why = implicit_for(flat, u, v, data, probe.spectrum, rtol, compile=compile)
+        implicit = HypergradientDescent(estimator)
+        reasons += why
     if implicit is not None and len(kinds) > len(of_lower):
         refused.append(
             (
@@ -133,15 +144,11 @@ def recommend(
     return Recommendation(ASBLO(), tuple(reasons), tuple(refused))
 
 
-def _implicit(n: int, rtol: float | None) -> Implicit:
-    """The implicit hypergradient for n lower variables; the linear system is solved as well as its status wants."""
-    solver = Dense() if n <= DENSE else CG() if rtol is None else CG(rtol=min(rtol, LINEAR_SOLVED))
-    return Implicit(solver) if rtol is None else Implicit(solver, tol=0.1 * rtol)
-
-
 def _name(solver: Solver) -> str:
     if isinstance(solver, HypergradientDescent):
         inner = solver.estimator
-        linear = f"{type(inner.linear).__name__}()" if isinstance(inner, Implicit) else ""
-        return f"HypergradientDescent({type(inner).__name__}({linear}))"
+        parts = f"{type(inner.linear).__name__}()" if isinstance(inner, Implicit) else ""
+        if getattr(inner, "compile", False):
+            parts += ", compile=True"
+        return f"HypergradientDescent({type(inner).__name__}({parts}))"
     return f"{type(solver).__name__}()"

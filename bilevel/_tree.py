@@ -18,7 +18,7 @@ from bilevel._errors import StructureError
 from bilevel._types import Tree
 
 linalg: Any = torch.linalg  # its stubs are untyped
-foreach_norm: Any = torch._foreach_norm  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+kernels: Any = torch  # for lists of tensors, which its stubs leave out
 _WIDE = (torch.float32, torch.float64)  # the dtypes of vectors
 
 
@@ -87,6 +87,11 @@ def size(tree: Tree) -> int:
     return sum(leaf.numel() for leaf in leaves(tree))
 
 
+def nbytes(tree: Tree) -> int:
+    """The bytes of all leaves."""
+    return sum(leaf.nbytes for leaf in leaves(tree))
+
+
 def vdot(left: Tree, right: Tree) -> Tensor:
     """The inner product over all leaves, a 0-d tensor."""
     products = [
@@ -98,15 +103,17 @@ def vdot(left: Tree, right: Tree) -> Tensor:
 
 def norm(tree: Tree) -> Tensor:
     """The Euclidean norm over all leaves, a 0-d tensor."""
+    if isinstance(tree, Tensor):
+        return linalg.vector_norm(tree)
     parts = leaves(tree)
     if len(parts) == 1:
         return linalg.vector_norm(parts[0])
-    return linalg.vector_norm(torch.stack(foreach_norm(parts)))
+    return linalg.vector_norm(torch.stack(kernels._foreach_norm(parts)))
 
 
 def norms(*trees: Tree) -> list[Tensor]:
     """The Euclidean norm of each leaf of all trees, 0-d tensors."""
-    return list(foreach_norm([leaf for tree in trees for leaf in leaves(tree)]))
+    return list(kernels._foreach_norm([leaf for tree in trees for leaf in leaves(tree)]))
 
 
 def length(tree: Tree) -> float:
@@ -121,14 +128,25 @@ def rms(tree: Tree) -> float:
 
 def axpy(scale: float | Tensor, left: Tree, right: Tree) -> Tree:
     """`scale * left + right`."""
-    return unflatten_like(
-        right, [b + a * scale for a, b in zip(leaves(left), leaves(right), strict=True)]
-    )
+    if isinstance(right, Tensor):
+        return right + left * scale
+    ours, theirs = leaves(left), leaves(right)
+    if isinstance(scale, float) and abs(scale) == 1.0:  # nothing to round: one pass instead of two
+        return unflatten_like(right, kernels._foreach_add(theirs, ours, alpha=scale))
+    return unflatten_like(right, kernels._foreach_add(theirs, kernels._foreach_mul(ours, scale)))
+
+
+def stepped(point: Tree, direction: Tree, lr: float) -> Tree:
+    """`point - lr * direction`, in one pass over each leaf."""
+    pairs = zip(leaves(point), leaves(direction), strict=True)
+    return unflatten_like(point, [torch.add(leaf, d, alpha=-lr) for leaf, d in pairs])
 
 
 def scale(factor: float | Tensor, tree: Tree) -> Tree:
     """`factor * tree`."""
-    return unflatten_like(tree, [leaf * factor for leaf in leaves(tree)])
+    if isinstance(tree, Tensor):
+        return tree * factor
+    return unflatten_like(tree, kernels._foreach_mul(leaves(tree), factor))
 
 
 def where(condition: Tensor, left: Tree, right: Tree) -> Tree:
@@ -146,15 +164,21 @@ def is_finite(tree: Tree) -> bool:
     )
 
 
-def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
+def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tree], Tree]]:
     """One vector of all entries, and the function that puts such a vector back into the tree.
 
     The function keeps the graph: gradients flow from the tree to the vector. Leaves of several
-    dtypes meet in the widest of them, float32 at least, and return to their own.
+    dtypes meet in the widest of them, float32 at least, and return to their own. What is a tree
+    already passes through it.
     """
     if isinstance(tree, Tensor) and tree.dim() == 1 and tree.dtype in _WIDE:
         own = tree.dtype
-        return tree, lambda vector: vector if vector.dtype == own else vector.to(own)
+
+        def as_own(vector: Tree) -> Tree:
+            is_ready = not isinstance(vector, Tensor) or vector.dtype == own
+            return vector if is_ready else vector.to(own)
+
+        return tree, as_own
     parts = leaves(tree)
     dtype = torch.float32
     for leaf in parts:
@@ -162,12 +186,16 @@ def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
     shapes = [leaf.shape for leaf in parts]
     dtypes = [leaf.dtype for leaf in parts]
     sizes = [leaf.numel() for leaf in parts]
+    # The structure alone, so that the tensors need not live on; of tensors, as `torch.compile` follows no others.
+    like = unflatten_like(tree, [leaf.new_empty(0) for leaf in parts])
 
-    def unravel(vector: Tensor) -> Tree:
+    def unravel(vector: Tree) -> Tree:
+        if not isinstance(vector, Tensor):
+            return vector
         pieces = torch.split_with_sizes(vector, sizes) if len(sizes) > 1 else (vector,)
         views = [p.view(s) for p, s in zip(pieces, shapes, strict=True)]
         return unflatten_like(
-            tree, [v if v.dtype == d else v.to(d) for v, d in zip(views, dtypes, strict=True)]
+            like, [v if v.dtype == d else v.to(d) for v, d in zip(views, dtypes, strict=True)]
         )
 
     return torch.cat([leaf.reshape(-1).to(dtype) for leaf in parts]), unravel

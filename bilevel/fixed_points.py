@@ -63,8 +63,9 @@ class FixedPoint:
         ... )
         >>> method = bl.Implicit(condition=bl.FixedPoint(soft_threshold))
         >>> x, y = torch.tensor(1.0).double(), torch.zeros(2).double()
-        >>> bl.hypergradient(problem, x, y, method).grad  # y = 3 - x, so -2 * 2 * (3 - x)
-        tensor(-8.0000, dtype=torch.float64)
+        >>> grad = bl.hypergradient(problem, x, y, method).grad  # y = 3 - x, so -2 * 2 * (3 - x)
+        >>> round(grad.item(), 4)
+        -8.0
 
     References:
         Walker and Ni, Anderson acceleration for fixed-point iterations, SIAM Journal on Numerical Analysis 49 (2011),

@@ -1,6 +1,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,8 +9,9 @@ import pytest
 import torch
 from scipy.optimize import minimize, rosen
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from bilevel import Box, Status
+from bilevel import Box, State, Status, load_state, save_state
 from bilevel.optim import Newton, Point, QuasiNewton, SmoothFunction, Torch
 
 
@@ -151,6 +153,14 @@ def test_newton_says_why_there_is_no_minimum(fun: Any, status: Status, limit: in
     assert Newton(dense_limit=limit, max_steps=500).minimize(smooth, start, 1e-9).status is status
 
 
+def test_newton_makes_no_step_along_which_a_singular_hessian_says_nothing() -> None:
+    """Its rank is one, and rounding alone decides whether Cholesky's method notices."""
+    fun = Smooth(lambda y: torch.cosh(y.sum() - 1.0))
+    found = Newton().minimize(fun, fun.evaluate(torch.zeros(30, dtype=torch.float64)), 1e-12)
+    assert found.status is Status.CONVERGED
+    torch.testing.assert_close(found.point.y, torch.full_like(found.point.y, 1.0 / 30.0))
+
+
 def test_newton_says_that_its_steps_ran_out() -> None:
     smooth = Smooth(rosenbrock)
     found = Newton(max_steps=2).minimize(smooth, smooth.evaluate(vector(-1.2, 1.0)), 1e-9)
@@ -264,7 +274,7 @@ def torch_optimizers() -> list[Any]:
         (torch.optim.SGD, {"momentum": 0.9}),
         (torch.optim.SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
         (torch.optim.Adam, {"betas": (0.8, 0.99)}),
-        (torch.optim.Adam, {"weight_decay": 0.1, "eps": 1e-3}),
+        (torch.optim.Adam, {"eps": 1e-3, "weight_decay": 0.1}),
         (torch.optim.Adam, {"amsgrad": True}),
         (torch.optim.AdamW, {}),
         (torch.optim.AdamW, {"weight_decay": 0.1}),
@@ -305,30 +315,91 @@ def test_torch_is_the_optimizer_used_directly_bit_for_bit(
         assert all(map(torch.equal, variables, direct))
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.AdamW])
-def test_adam_without_the_wrapper_goes_on_from_what_torch_has_kept(optimizer: Any) -> None:
-    """`foreach` is an option that is not plain, and so torch's own."""
-    one, other = Torch(optimizer, lr=0.1), Torch(optimizer, lr=0.1, foreach=False)
-    x, grad = [torch.ones(3, 2), torch.ones(())], [torch.full((3, 2), 0.3), torch.tensor(-0.2)]
-    memories = [adapter.init(x) for adapter in (one, other)]
-    for first, second in ((one, other), (other, one)):
-        y, memories[0] = first.step(x, grad, memories[0])
-        x, memories[1] = second.step(x, grad, memories[1])
-        assert all(map(torch.equal, y, x))
-        for mine, torchs in zip(memories[0]["slots"], memories[1]["slots"], strict=True):
-            assert mine.keys() == torchs.keys()
-            assert all(torch.equal(mine[key], torchs[key]) for key in mine)
-        assert memories[0]["slots"][0]["step"].dtype == memories[1]["slots"][0]["step"].dtype
+ADAMS = [
+    pytest.param(torch.optim.Adam, {}, id="Adam"),
+    pytest.param(
+        torch.optim.Adam, {"betas": (0.0, 0.5), "eps": 0.1, "weight_decay": 0.3}, id="decay"
+    ),
+    pytest.param(torch.optim.AdamW, {"betas": (0.5, 0.0)}, id="AdamW"),
+    pytest.param(torch.optim.AdamW, {"weight_decay": 0, "max_norm": 0.5}, id="shortened"),
+]
+
+
+def leaves_of_many_kinds(dtype: torch.dtype, generator: torch.Generator) -> list[Tensor]:
+    shapes = [(2, 3, 3, 3), (4, 3, 1, 1), (4, 1, 3, 3)]
+    filters = [torch.randn(shape, generator=generator) for shape in shapes]
+    parts = [
+        *(part.to(memory_format=torch.channels_last) for part in filters),
+        torch.randn((), generator=generator),
+        torch.randn(5, 4, generator=generator).T,
+    ]
+    return [part.to(dtype) for part in parts]
 
 
 @pytest.mark.parametrize(
-    "options", [{"betas": (1.0, 0.9)}, {"betas": (0.9, -0.1)}, {"eps": -1.0}, {"weight_decay": -1}]
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
 )
-def test_options_that_torch_refuses_are_refused_by_it(options: Any) -> None:
+@pytest.mark.parametrize(("optimizer", "options"), ADAMS)
+def test_adam_written_out_is_that_of_torch_bit_for_bit(
+    optimizer: Any, options: Any, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Those of `torch.optim`, asked for by an option that changes nothing, go on from its memory and the reverse."""
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = (
+        Torch(optimizer, lr=lambda k: 0.1 / (k + 1), **options, **more)
+        for more in ({}, {"foreach": False})
+    )
+    x = expected = leaves_of_many_kinds(dtype, generator)
+    memory, other = ours.init(x), theirs.init(x)
+    for k in range(8):
+        grads = leaves_of_many_kinds(dtype, generator)
+        grads[0] = grads[0].contiguous()  # in another layout than its variable
+        kept = [part.clone() for part in (*x, *grads)]
+        new, memory = (theirs if k == 5 else ours).step(x, grads, memory)
+        assert all(map(torch.equal, (*x, *grads), kept))
+        expected, other = theirs.step(expected, grads, other)
+        for leaf, reference in zip(new, expected, strict=True):
+            assert torch.equal(leaf, reference)
+            assert (leaf.dtype, leaf.stride()) == (reference.dtype, reference.stride())
+        for slot, reference in zip(memory["slots"], other["slots"], strict=True):
+            assert slot.keys() == reference.keys()
+            assert all(torch.equal(slot[name], reference[name]) for name in slot)
+            assert all(slot[name].dtype == reference[name].dtype for name in slot)
+            assert all(slot[name].stride() == reference[name].stride() for name in slot)
+        save_state(tmp_path / "state.pt", State(new, [], memory=memory))
+        state = load_state(tmp_path / "state.pt")
+        x, memory = state.x, state.memory
+
+
+def test_only_plain_adam_is_written_out() -> None:
+    taken: list[Any] = []
+    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: taken.append(optimizer))
+    x = [torch.ones(2)]
+    options = [{"betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.1}]
+    options += [{name: True} for name in ("amsgrad", "maximize", "foreach", "fused")]
+    try:
+        counts = []
+        for some in options:
+            adam = Torch(torch.optim.AdamW, lr=0.1, **some)
+            adam.step(x, x, adam.init(x))
+            counts.append(len(taken))
+    finally:
+        hook.remove()
+    assert counts == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"betas": (1.0, 0.9)}, {"betas": (0.5, -0.1)}, {"eps": -1.0}, {"weight_decay": -1.0}],
+)
+def test_adam_out_of_range_is_refused_by_torch(options: Any) -> None:
     x = [torch.ones(2)]
     adam = Torch(torch.optim.Adam, lr=0.1, **options)
     with pytest.raises(ValueError, match="Invalid"):
         adam.step(x, x, adam.init(x))
+    falling = Torch(torch.optim.Adam, lr=lambda _: -0.1)
+    with pytest.raises(ValueError, match="Invalid learning rate"):
+        falling.step(x, x, falling.init(x))
 
 
 def test_torch_memory_of_the_past_is_not_written_into() -> None:

@@ -5,6 +5,8 @@ import torch
 from torch import Tensor
 
 import bilevel as bl
+from bilevel import _implicit_for
+from bilevel.estimators import _newton_steps
 from bilevel.testing import problems
 
 
@@ -220,6 +222,73 @@ def test_recommendation_for_a_tolerance_solves_no_more_than_it_must() -> None:
         found.grad, truth.grad, rtol=1e-3, atol=1e-3 * float(truth.grad.norm())
     )
     assert found.evaluations.hvp < truth.evaluations.hvp
+
+
+def test_few_products_are_preferred_to_hessians_and_these_to_many() -> None:
+    """Of a well conditioned problem that is no quadratic, and of an ill conditioned one that is."""
+    weights = torch.linspace(1.0, 4.0, 30, dtype=torch.float64)
+    mild = bl.BilevelProblem(
+        lambda x, y, data: (y**2).sum(),
+        lambda x, y, data: (weights * torch.cosh(y - x)).sum(),
+    )
+    steep = bl.BilevelProblem(
+        lambda x, y, data: (y**2).sum(),
+        lambda x, y, data: (weights**4 * (y - x) ** 2).sum(),
+    )
+    x, y = torch.ones(30).double(), torch.zeros(30).double()
+    found = bl.recommend(mild, x, y, rtol=1e-3)
+    assert "CG()" in str(found)
+    assert "linear systems take about" in str(found)
+    assert "Dense()" in str(bl.recommend(steep, x, y, rtol=1e-3))
+    exact = 2.0 * x  # y* = x
+    assert isinstance(found.method, bl.HypergradientDescent)
+    grad = bl.hypergradient(mild, x, y, found.method.estimator).grad
+    assert torch.linalg.vector_norm(grad - exact) < 1e-3 * torch.linalg.vector_norm(exact)
+
+
+@pytest.mark.parametrize(("power", "steps"), [(2, 1), (4, 8)])
+def test_compiled_recommendation_has_the_steps_that_are_needed(power: int, steps: int) -> None:
+    """A quadratic takes one, from anywhere; for others there is one to spare."""
+    problem = bl.BilevelProblem(
+        lambda x, y, data: (y**2).sum(),
+        lambda x, y, data: ((y - x) ** power + 0.1 * (y - x) ** 2).sum(),
+    )
+    x, y = torch.ones(3).double(), torch.zeros(3).double()
+    found = bl.recommend(problem, x, y, rtol=1e-3, compile=True)
+    assert "Implicit(Dense(), compile=True)" in str(found)
+    assert isinstance(found.method, bl.HypergradientDescent)
+    method = found.method.estimator
+    assert isinstance(method, bl.Implicit)
+    assert method.compile
+    assert method.minimizer == bl.optim.Newton(max_steps=steps)
+    # The program itself, without the half minute that its compiling takes.
+    fused, memory = method.fused.program(problem), None
+    grad = fused(x, y, memory, None, None)[0]
+    torch.testing.assert_close(grad, 2.0 * x, rtol=1e-3, atol=0.0)
+
+
+def test_what_cannot_be_compiled_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lower(x: Tensor, y: Tensor, data: Any) -> Tensor:
+        return 0.5 * ((y - x) ** 2).sum()
+
+    def branching(x: Tensor, y: Tensor, data: Any) -> Tensor:
+        return lower(x, y, data) if float(y.detach().sum()) < 9.0 else 2.0 * lower(x, y, data)
+
+    def slow(x: Tensor, y: Tensor, data: Any) -> Tensor:
+        return lower(x, y, data) + torch.cosh(y - x).sum()
+
+    one, many = vector(1.0), torch.zeros(300).double()
+    of_many = bl.recommend(bl.BilevelProblem(upper, lower), one, many, compile=True)
+    assert "not compiled: each step would form the Hessian of 300 variables" in str(of_many)
+    branches = bl.recommend(bl.BilevelProblem(upper, branching), one, 0.0 * one, compile=True)
+    assert "not compiled: " in str(branches)
+    assert "compile=True" not in str(branches)
+    for module in (_newton_steps, _implicit_for):
+        monkeypatch.setattr(module, "MOST", 3)
+    many_steps = bl.recommend(bl.BilevelProblem(upper, slow), one, vector(9.0), compile=True)
+    assert "not compiled: from y it takes more than 3 Newton steps" in str(many_steps)
+    with pytest.raises(TypeError, match=r"recommend\(compile=.*Got int"):
+        bl.recommend(bl.BilevelProblem(upper, lower), one, one, compile=1)  # pyright: ignore[reportArgumentType]
 
 
 def test_tolerance_of_a_recommendation_must_be_positive() -> None:

@@ -8,8 +8,30 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-from speed import by_hand, ours, t0_tiny, t1_quadratic, t2_logistic, t3_hypercleaning, t6_upsampler
-from speed.race import FLOOR, OURS, Contender, MissedError, Rules, answers, race, rows, tuned
+from speed import (
+    by_hand,
+    entries,
+    ours,
+    t0_tiny,
+    t1_quadratic,
+    t2_logistic,
+    t3_hypercleaning,
+    t6_upsampler,
+)
+from speed.race import (
+    FLOOR,
+    OURS,
+    Contender,
+    MissedError,
+    Rules,
+    answers,
+    cold,
+    factor,
+    milliseconds,
+    race,
+    rows,
+    tuned,
+)
 from speed.work import Answer, Work, descend, relative_error
 
 import bilevel as bl
@@ -72,10 +94,12 @@ def test_truth_of_logistic_regression_is_that_of_many_steps():
     assert relative_error(found.value, truth) < 1e-6
 
 
-@pytest.mark.parametrize("method", [t3_hypercleaning.f2sa, t3_hypercleaning.soba])
-def test_hypercleaning_by_hand_gets_better_than_without_cleaning(method):
+@pytest.mark.parametrize(
+    ("method", "rates"), [(t3_hypercleaning.f2sa, (0.1, 0.02)), (t3_hypercleaning.soba, (0.1,))]
+)
+def test_hypercleaning_by_hand_gets_better_than_without_cleaning(method, rates):
     task = t3_hypercleaning.cleaning("linear")
-    run = t3_hypercleaning.to_target(task, 0.9, lambda: method(task.work))
+    run = t3_hypercleaning.to_target(task, 0.9, lambda: method(task.work, *rates))
     assert task.accuracy(run().y) >= 0.9
 
 
@@ -118,6 +142,22 @@ def test_table_shows_what_is_faster_and_why_a_contender_fails():
     assert ours_[head.index("sum")] == "1000"
     assert failed[head.index("ms")] == "ValueError: no such / thing"
     assert len(race(contenders, Rules(0, with_peers=False))) == 2
+
+
+def test_missing_peer_says_so_in_every_table_it_belongs_to(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax", None)
+    work = t0_tiny.work()
+    missing = Contender("JAX", "implicit", lambda: entries.peer("JAX", "implicit", work, 0.1, 2))
+    (result,) = race([missing], Rules(1))
+    assert "jax" in result.reason
+    assert result.reason == t0_tiny.by_vmap(1)
+
+
+def test_numbers_keep_their_digits():
+    assert [factor(ratio) for ratio in (1.234, 0.1, 0.0123)] == ["1.23", "0.10", "0.012"]
+    assert [milliseconds(s) for s in (1.2345, 0.012345, 0.000012345)] == ["1234", "12.3", "0.0123"]
+    compiled = [Answer(torch.ones(1), cold=seconds) for seconds in (None, 0.123, 1.23, 41.2)]
+    assert [cold(answer) for answer in compiled] == ["", "0.12", "1.2", "41"]
 
 
 def test_contender_that_misses_the_accuracy_is_not_timed():

@@ -68,6 +68,29 @@ def test_algebra_is_that_of_the_vector(tree: Any, scale: float) -> None:
     assert torch.equal(flat(_tree.zeros_like(tree)), torch.zeros_like(v))
 
 
+@pytest.mark.parametrize("scale", [1.0, -1.0, 0.3, 2, torch.tensor(0.7).double()], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
+)
+def test_algebra_over_lists_is_that_leaf_by_leaf_bit_for_bit(
+    dtype: torch.dtype, scale: Any
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def tree() -> Any:
+        a, b, c = (torch.randn(s, generator=generator) for s in ((4, 3, 1, 1), (), (4, 3)))
+        return {"a": a.to(dtype, memory_format=torch.channels_last), "b": [b.to(dtype), (c,)]}
+
+    left, right = tree(), tree()
+    right["b"][1] = (right["b"][1][0].reshape(3, 4).T,)  # of another layout
+    pairs = list(zip(_tree.leaves(left), _tree.leaves(right), strict=True))
+    found = [_tree.axpy(scale, left, right), _tree.scale(scale, left)]
+    expected = [*(b + a * scale for a, b in pairs), *(a * scale for a, _ in pairs)]
+    for leaf, reference in zip(_tree.leaves(found), expected, strict=True):
+        assert torch.equal(leaf, reference)
+        assert (leaf.dtype, leaf.stride()) == (reference.dtype, reference.stride())
+
+
 def test_dictionaries_are_ordered_by_key() -> None:
     tree = {"b": torch.ones(1), "a": torch.zeros(1)}
     assert [float(leaf) for leaf in _tree.leaves(tree)] == [0.0, 1.0]

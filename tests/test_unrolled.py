@@ -1,4 +1,5 @@
 import gc
+import math
 import re
 import weakref
 from typing import Any
@@ -44,19 +45,42 @@ def test_both_modes_are_torch_through_its_own_loop(mode: Any, truncate: int | No
     torch.testing.assert_close(estimate.grad, exact, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 9, 10, 50])
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 17, 50])
 @pytest.mark.parametrize("truncate", [None, 7])
-@pytest.mark.parametrize("limit", ["_AT_HAND", "_GRAPHS"])
-def test_recomputed_iterates_and_graphs_give_the_same_gradient(
-    steps: int, truncate: int | None, limit: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("memory", [0, 1, 300, 1000, 2**26, 2**40])
+def test_gradient_is_the_same_with_any_memory(
+    steps: int, truncate: int | None, memory: int
 ) -> None:
-    method = bl.Unrolled(steps, lr=0.2, truncate=truncate)
-    at_hand = method.estimate(WAVY, X, Y)
-    monkeypatch.setattr(f"bilevel.estimators._tape.{limit}", 0)
-    again = method.estimate(WAVY, X, Y)
-    assert again.evaluations.lower_grad > at_hand.evaluations.lower_grad
-    assert torch.equal(at_hand.grad, again.grad)
-    assert torch.equal(at_hand.y, again.y)
+    def lower(x: Tensor, y: Any, data: Tensor) -> Tensor:
+        return wavy(x, torch.cat([y["a"].reshape(-1), y["b"]]), None) + (data * y["b"]).sum()
+
+    def upper(x: Tensor, y: Any, data: Tensor) -> Tensor:
+        return (y["b"] ** 3).sum() + (x * x).sum() * y["a"].sum() * data.sum()
+
+    problem = bl.BilevelProblem(upper, lower)
+    y = {"a": Y[None, :2], "b": Y[2:]}
+    batch = bl.Batch(upper=torch.ones(3).double(), lower=torch.full((1,), 0.3).double())
+    ends = [
+        bl.hypergradient(
+            problem, X, y, bl.Unrolled(steps, lr=0.2, truncate=truncate, **room), batch
+        )
+        for room in ({}, {"graph_memory": memory})
+    ]
+    torch.testing.assert_close(ends[0].grad, ends[1].grad, rtol=1e-12, atol=1e-13)
+    assert all(torch.equal(ends[0].y[name], ends[1].y[name]) for name in y)
+
+
+def test_vectors_and_trees_of_other_dtypes_take_the_same_steps() -> None:
+    """Leaves of float32 beside float64 are stepped in the wider of the two, as one vector."""
+    problem = bl.BilevelProblem(
+        lambda x, y, data: (y["a"].double() ** 2).sum() + (y["b"] ** 2).sum(),
+        lambda x, y, data: ((y["a"] - x) ** 2).sum().double() + ((y["b"] - 2.0 * x) ** 2).sum(),
+    )
+    x = torch.ones(1).double()
+    y = {"a": torch.zeros(2), "b": torch.zeros(2, 2).double()}
+    found = bl.hypergradient(problem, x, y, bl.Unrolled(100, lr=0.2))
+    assert found.grad.item() == pytest.approx(2 * 2.0 + 4 * 8.0, rel=1e-6)
+    assert [leaf.dtype for leaf in found.y.values()] == [torch.float32, torch.float64]
 
 
 @pytest.mark.parametrize("truncate", [1, 5, 20])
@@ -88,11 +112,11 @@ class Living:
 
 
 def most_iterates_alive(steps: int, **options: Any) -> int:
-    n = 2000  # above the size at which everything is kept
+    n = 2000
     lower = Living(n)
     problem = bl.BilevelProblem(lambda x, y, data: (y**2).sum(), lower)
     gc.collect()
-    bl.Unrolled(steps, lr=0.1, **options).estimate(
+    bl.Unrolled(steps, lr=0.1, graph_memory=0, **options).estimate(
         problem, torch.ones(1).double(), torch.zeros(n).double()
     )
     return lower.most
@@ -125,18 +149,55 @@ def test_forward_mode_keeps_nothing_of_its_steps() -> None:
     assert alive[1] <= alive[0] <= 6
 
 
-def test_recomputation_is_counted() -> None:
+@pytest.mark.parametrize("steps", [100, 900])
+@pytest.mark.parametrize("graphs", [0, 1, 10, 40])
+def test_memory_is_that_for_graphs_and_the_root_of_the_steps(steps: int, graphs: int) -> None:
     x, y = torch.ones(1).double(), torch.zeros(2000).double()
     problem = bl.BilevelProblem(lambda x, y, data: (y**2).sum(), Living(2000))
-    count = bl.Unrolled(100).estimate(problem, x, y).evaluations
-    # down, again between the ten checkpoints, up, and the residual
-    assert count.lower_grad == 100 + 90 + 100 + 1
-    assert count.hvp == 200
+    memory = graphs * 3 * y.nbytes  # a graph holds y, y - x and twice that
+    method = bl.Unrolled(steps, lr=0.1, graph_memory=memory)
+    with bl.diagnostics.LiveMemory() as live:
+        method.estimate(problem, x, y)
+    at_work = 10 * y.nbytes  # one graph at least, and a product by it
+    assert live.peak <= memory + 2 * math.ceil(math.sqrt(steps)) * y.nbytes + at_work
+
+
+def test_memory_for_all_graphs_evaluates_nothing_twice() -> None:
+    x, y = torch.ones(1).double(), torch.zeros(2000).double()
+    problem = bl.BilevelProblem(lambda x, y, data: (y**2).sum(), Living(2000))
+    count = bl.Unrolled(1600, lr=0.1, graph_memory=2**40).estimate(problem, x, y).evaluations
+    assert (count.lower_grad, count.hvp, count.upper_grad) == (1600 + 1, 3200, 1)
+
+
+@pytest.mark.parametrize(
+    ("steps", "graphs", "again"),
+    [
+        (1, 0, 1),
+        (1, 2, 0),
+        (6, 0, 6),  # few enough to keep all iterates
+        (17, 0, 13 + 17),  # iterates 0, 5, 10, 15 are kept: those between first, then all graphs
+        (17, 1, 12 + 16),  # iterates 0, 4, 8, 12
+        (17, 2, 15),  # from iterates 0, 2, 4, ..., two graphs at a time
+        (17, 5, 12),
+        (17, 16, 1),
+        (17, 2**10, 0),
+        (100, 0, 90 + 100),
+        (100, 4, (4 * 16 + 12) + 96),  # from iterates 0, 20, ..., 80, four graphs at a time
+        (100, 5, 95),
+    ],
+)
+def test_what_is_computed_again_is_counted(steps: int, graphs: int, again: int) -> None:
+    x, y = torch.ones(1).double(), torch.zeros(2000).double()
+    problem = bl.BilevelProblem(lambda x, y, data: (y**2).sum(), Living(2000))
+    memory = graphs * 3 * y.nbytes  # a graph holds y, y - x and twice that; they share the scale
+    count = bl.Unrolled(steps, graph_memory=memory).estimate(problem, x, y).evaluations
+    assert count.lower_grad == steps + again + 1  # down, up, and the residual
+    assert count.hvp == 2 * steps
     assert count.upper_grad == 1
 
 
 def test_small_graphs_are_kept_and_large_ones_built_again() -> None:
-    """The graph of a step holds the data times y twice: 8 MiB a step are too many for ten steps."""
+    """The graph of a step holds arrays of the data's size: those of ten steps take more than 64 MiB."""
     counts = []
     for samples in (100, 2**20):
         data = torch.linspace(0.0, 1.0, samples).double()
@@ -146,7 +207,7 @@ def test_small_graphs_are_kept_and_large_ones_built_again() -> None:
         )
         x, y = torch.ones(1).double(), torch.ones(1).double()
         counts.append(bl.Unrolled(10).estimate(problem, x, y, data).evaluations)
-    assert [count.lower_grad for count in counts] == [10 + 1, 10 + 10 + 1]
+    assert [count.lower_grad for count in counts] == [10 + 1, 10 + 9 + 1]
     assert [count.hvp for count in counts] == [20, 20]
 
 
@@ -248,6 +309,10 @@ def test_forward_mode_takes_the_mean_of_the_samples() -> None:
         (
             {"mode": "both"},
             '`Unrolled(mode=...)` must be "reverse" or "forward". Got mode=\'both\'',
+        ),
+        (
+            {"graph_memory": -1},
+            "`Unrolled(graph_memory=...)` must be at least 0. Got graph_memory=-1",
         ),
         ({"lr": 0.0}, "`Unrolled(lr=...)` must be a finite number > 0. Got lr=0.0"),
     ],

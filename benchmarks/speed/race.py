@@ -17,7 +17,15 @@ from speed.work import Answer
 
 FLOOR = "by hand"
 OURS = "bilevel"
-PEERS = {"TorchOpt": "torchopt", "Betty": "betty", "BOAT": "boat", "higher": "higher"}
+PEERS = {
+    "TorchOpt": "torchopt",
+    "Betty": "betty",
+    "BOAT": "boat",
+    "higher": "higher",
+    "JAX": "jax",
+    "JAXopt": "jaxopt",
+    "benchopt": "benchopt",
+}
 LEAST = 0.02  # seconds that a measurement lasts, so that the clock's own cost does not show
 Run = Callable[[], Answer]
 
@@ -160,6 +168,11 @@ def ratio(result: Result, floor: Result) -> float:
     return median(a / b for a, b in zip(result.seconds, floor.seconds, strict=True))
 
 
+def factor(of_floor: float) -> str:
+    """A ratio with two decimals, or two digits where those would be zeros."""
+    return f"{of_floor:.2f}" if of_floor >= 0.1 else f"{of_floor:.2g}"
+
+
 def rows(
     results: Sequence[Result],
     extra: Callable[[Result, Answer], list[str]],
@@ -190,8 +203,8 @@ def rows(
                 *who,
                 milliseconds(median(result.seconds)),
                 f"{milliseconds(min(result.seconds))} to {milliseconds(max(result.seconds))}",
-                f"{ratio(result, fastest):.2f}",
-                "" if twin is None else f"{ratio(result, twin):.2f}",
+                factor(ratio(result, fastest)),
+                "" if twin is None else factor(ratio(result, twin)),
                 "" if answer.gradients is None else str(answer.gradients),
                 "" if answer.hvps is None else str(answer.hvps),
                 *extra(result, answer),
@@ -211,10 +224,13 @@ def mebibytes(result: Result) -> str:
 
 def cold(answer: Answer) -> str:
     """The seconds of a first call that compiled."""
-    return "" if answer.cold is None else f"{answer.cold:.0f}"
+    return "" if answer.cold is None else digits(answer.cold, 2)
 
 
 def milliseconds(seconds: float) -> str:
-    """Three digits, or those before the point."""
-    ms = 1e3 * seconds
-    return f"{ms:.3g}" if ms < 999.5 else f"{ms:.0f}"
+    return digits(1e3 * seconds, 3)
+
+
+def digits(number: float, count: int) -> str:
+    """So many digits, or those before the point."""
+    return f"{number:.{count}g}" if number < 10**count - 0.5 else f"{number:.0f}"

@@ -14,7 +14,21 @@ from torch import Tensor
 import bilevel as bl
 from speed import by_hand, ours
 from speed.entries import peer
-from speed.race import FLOOR, OURS, Contender, Result, Rules, Run, answers, race, rows, timed
+from speed.race import (
+    FLOOR,
+    OURS,
+    Contender,
+    Result,
+    Rules,
+    Run,
+    answers,
+    cold,
+    milliseconds,
+    race,
+    reason,
+    rows,
+    timed,
+)
 from speed.work import Answer, Hypergradient, Work, descend, relative_error
 
 STEPS = 50  # upper steps of a measurement
@@ -23,6 +37,7 @@ RTOL, PRODUCTS = 1e-10, 10  # of the linear system
 CERTIFIED = "10 steps + CG, with the certificate of `solve`"
 COMPILED = "10 steps + CG, compile=True"
 UNROLLED_COMPILED = "unrolled, compile=True"
+STEPWISE, AT_ONCE = "10 steps + CG, jit of a step", "10 steps + CG, jit of all steps"
 MANY = (1, 10, 100, 1000)
 LR = 0.1  # of the upper steps
 
@@ -39,7 +54,8 @@ def work() -> Work:
         return 0.5 * y @ (hessian @ y) - y @ x
 
     zero = torch.zeros(2, dtype=torch.float64)
-    return Work(upper, lower, zero, (zero,), lr=0.5)
+    data = hessian, target, torch.tensor(0.1, dtype=torch.float64)
+    return Work(upper, lower, zero, (zero,), lr=0.5, family="Quadratic", data=data)
 
 
 def contenders(task: Work) -> list[Contender]:
@@ -79,33 +95,40 @@ def contenders(task: Work) -> list[Contender]:
         Contender("BOAT", "10 steps + CG", other("BOAT", "implicit", LOWER_STEPS, PRODUCTS)),
         Contender("BOAT", "unrolled", other("BOAT", "unrolled", LOWER_STEPS)),
         Contender("higher", "unrolled", other("higher", "unrolled", LOWER_STEPS)),
+        Contender("JAX", STEPWISE, lambda: peer("JAX", "stepwise", task, LR, STEPS, *cg)),
+        Contender("JAX", AT_ONCE, lambda: peer("JAX", "at_once", task, LR, STEPS, *cg)),
     ]
 
 
 def tables(rules: Rules) -> str:
     results = race(contenders(work()), rules)
     same = answers(results)
-    for method in (CERTIFIED, COMPILED, "10 steps + Neumann"):
+    for method in (CERTIFIED, COMPILED, "10 steps + Neumann", STEPWISE, AT_ONCE):
         same[method] = same["10 steps + CG"]
     same[UNROLLED_COMPILED] = same["unrolled"]
 
     def extra(result: Result, answer: Answer) -> list[str]:
         twin = same[result.contender.method]
         rate = STEPS / median(result.seconds)
-        return [f"{rate:.0f}", f"{relative_error(answer.value, twin.value):.0e}"]
+        return [f"{rate:.0f}", f"{relative_error(answer.value, twin.value):.0e}", cold(answer)]
 
     about = (
         f"{STEPS} upper steps of gradient descent, each with {LOWER_STEPS} lower steps from where the last one ended; "
         "`apart` is how far x at the end is from that of the same method by hand.\n\n"
     )
-    return about + rows(results, extra, ("steps a second", "apart")) + "\n\n" + _many(rules)
+    columns = "steps a second", "apart", "s to compile"
+    return about + rows(results, extra, columns) + "\n\n" + _many(rules)
+
+
+def starts(count: int) -> Tensor:
+    """x of as many problems, seeded; each has its y at zero."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(count, 2, dtype=torch.float64, generator=generator)
 
 
 def at_once(count: int) -> tuple[Run, Run]:
-    """The same steps for `count` problems of seeded starts, by one `solve_many` and by hand, one after the other."""
-    task = work()
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(count, 2, dtype=torch.float64, generator=generator)
+    """The same steps for `count` problems, by one `solve_many` and by hand, one after the other."""
+    task, x = work(), starts(count)
     y = torch.zeros(count, 2, dtype=torch.float64)
     numbers = LOWER_STEPS, RTOL, PRODUCTS
     upper = bl.optim.Torch(torch.optim.SGD, lr=LR)
@@ -127,26 +150,38 @@ def at_once(count: int) -> tuple[Run, Run]:
 
 
 def _many(rules: Rules) -> str:
-    """Seconds a problem. The loop by hand takes as long for each, so that it is timed on one."""
-    runs = {count: at_once(count)[0] for count in MANY}
+    """Milliseconds a problem. The loop by hand takes as long for each, so that it is timed on one."""
     loop = at_once(1)[1]
-    times: dict[int, list[tuple[float, float]]] = {count: [] for count in MANY}
-    for run in (*runs.values(), loop):
+    loop()
+    lines, reasons = [], set[str]()
+    for count in MANY:
+        run = at_once(count)[0]
         run()
-    for _ in range(rules.repeats):
-        floor = timed(loop, 1)
-        for count, run in runs.items():
-            times[count].append((timed(run, 1) / count, floor))
-    lines = [
-        [
-            str(count),
-            f"{1e3 * median(a for a, _ in pairs):.3g}",
-            f"{1e3 * median(b for _, b in pairs):.3g}",
-            f"{median(b / a for a, b in pairs):.3g}",
-        ]
-        for count, pairs in times.items()
-    ]
+        in_jax = by_vmap(count) if rules.with_peers else ""
+        if isinstance(in_jax, str):
+            reasons.add(in_jax)
+        floors, ours_, theirs = list[float](), list[float](), list[float]()
+        for _ in range(rules.repeats):
+            floors.append(timed(loop, 1))
+            ours_.append(timed(run, 1) / count)
+            if not isinstance(in_jax, str):
+                theirs.append(timed(in_jax, 10) / count)
+        faster = median(b / a for a, b in zip(ours_, floors, strict=True))
+        cells = [milliseconds(median(times)) if times else "" for times in (ours_, floors, theirs)]
+        lines.append([str(count), *cells, f"{faster:.3g}"])
     about = (
-        "Many such problems at once, by `solve_many`, against a loop of the floor over them:\n\n"
+        "Many such problems at once, by `solve_many`, against a loop of the floor over them, and by `vmap` in JAX, "
+        "where all steps are one program:\n\n"
     )
-    return about + table(["problems", "ms a problem", "ms in the loop", "times faster"], lines)
+    head = ["problems", "ms a problem", "ms in the loop", "ms in JAX", "times faster"]
+    return about + table(head, lines) + "".join(f"\n\nJAX: {why}" for why in reasons if why)
+
+
+def by_vmap(count: int) -> Run | str:
+    """The same in JAX, or why not."""
+    try:
+        run = peer("JAX", "many", work(), starts(count), LR, STEPS, LOWER_STEPS, RTOL, PRODUCTS)
+        run()
+    except Exception as error:  # noqa: BLE001  # as in a race
+        return reason(error)
+    return run

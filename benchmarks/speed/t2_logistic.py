@@ -7,7 +7,7 @@ from sklearn.datasets import load_breast_cancer
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from speed.entries import SMALL, table
+from speed.entries import table
 from speed.race import Rules
 from speed.t1_quadratic import steps
 from speed.work import Work
@@ -63,8 +63,7 @@ def work(features: Tensor, signs: Tensor, training: int) -> tuple[Work, Tensor]:
     truth = -weights * y * torch.linalg.solve(curvature(y), upper_y)
     # The curvature is largest at zero and at least that of the weights.
     bounds = float(weights.min()), float(torch.linalg.eigvalsh(curvature(zero))[-1])
-    newton_steps = 6 if len(x) <= SMALL else 0
-    return Work(upper, lower, x, (zero,), *steps(*bounds), newton_steps), truth
+    return Work(upper, lower, x, (zero,), *steps(*bounds), "Logistic", (A, B)), truth
 
 
 def tables(rules: Rules) -> str:

@@ -19,7 +19,8 @@ from speed.work import Answer, Hypergradient, Work, relative_error
 WIDTHS = (64, 968, 968, 10)  # 1,010,602 parameters
 SAMPLES = 128  # on each level
 STEPS = (10, 50, 100)
-COMPILED = 10  # steps up to which it is worth the minutes: each makes the graph longer
+ALL = 2**40  # bytes: room for the graphs of all steps
+COMPILED = 10  # steps up to which torch compiles, whose graph grows with each, and JAX takes part
 
 
 def work() -> Work:
@@ -49,7 +50,9 @@ def work() -> Work:
     y: list[Tensor] = []
     for fan_in, fan_out in pairwise(WIDTHS):
         y += [normal(fan_in, fan_out) / fan_in**0.5, torch.zeros(fan_out)]
-    return Work(upper, lower, torch.zeros(SAMPLES), tuple(y), lr=0.05)
+    data = X, of_X, V, of_V, torch.zeros(())
+    x = torch.zeros(SAMPLES)
+    return Work(upper, lower, x, tuple(y), lr=0.05, family="Classifier", data=data)
 
 
 def contenders(task: Work, steps: int) -> list[Contender]:
@@ -57,16 +60,24 @@ def contenders(task: Work, steps: int) -> list[Contender]:
         return Contender(library, method, lambda: partial(make(), task.x, task.y))
 
     estimator = bl.Unrolled(steps, lr=task.lr)
+
+    def graphs(memory: int) -> partial[Hypergradient]:
+        return partial(ours.hypergradient, task, replace(estimator, graph_memory=memory))
+
     compiled = partial(ours.compiled, task, replace(estimator, compile=True))
     in_one_graph = contender(OURS, "unrolled, compile=True", compiled)
+    in_jax = contender("JAX", "unrolled", partial(peer, "JAX", "unrolled", task, steps))
     return [
         contender(FLOOR, "unrolled", partial(by_hand.unrolled, task, steps)),
         contender(FLOOR, "unrolled, recomputed", partial(by_hand.recomputed, task, steps)),
-        contender(OURS, "unrolled, recomputed", partial(ours.hypergradient, task, estimator)),
+        contender(OURS, "unrolled", graphs(ALL)),
+        contender(OURS, "unrolled, recomputed", graphs(estimator.graph_memory)),
+        contender(OURS, "unrolled, recomputed, graph_memory=0", graphs(0)),
         *([in_one_graph] if steps <= COMPILED else []),
         contender("TorchOpt", "unrolled", partial(peer, "TorchOpt", "unrolled", task, steps)),
         contender("BOAT", "unrolled", partial(peer, "BOAT", "unrolled", task, steps)),
         contender("higher", "unrolled", partial(peer, "higher", "unrolled", task, steps)),
+        *([in_jax] if steps <= COMPILED else []),
     ]
 
 
@@ -87,6 +98,7 @@ def tables(rules: Rules) -> str:
         parts.append(f"{steps} lower steps\n\n" + rows(results, extra, columns))
     about = (
         f"{sum(y.numel() for y in task.y):,} parameters, {SAMPLES} samples on each level, float32. "
-        "`apart`: from the first row. Keeping the whole graph is faster, computing it twice is leaner.\n\n"
+        "`apart`: from the first row. Keeping the whole graph is faster, computing it twice is leaner: "
+        "`Unrolled(graph_memory=...)` says how much of it is kept, 64 MiB by default.\n\n"
     )
     return about + "\n\n".join(parts)

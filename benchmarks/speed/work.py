@@ -24,7 +24,8 @@ class Work:
         y: where the lower variable starts, one tensor or more.
         lr: of gradient descent on y.
         momentum: of gradient descent on y.
-        newton_steps: that solve the lower problem to a thousandth, or 0 where it is too large to form its Hessian.
+        family: in `peers.in_jax`, whose two functions are the objectives in JAX; empty where none is.
+        data: what those functions are given before x and y.
     """
 
     upper: Callable[..., Tensor]
@@ -33,7 +34,13 @@ class Work:
     y: Lower
     lr: float
     momentum: float = 0.0
-    newton_steps: int = 0
+    family: str = ""
+    data: Lower = ()
+
+    @property
+    def quadratic(self) -> bool:
+        """Whether f is a quadratic in y."""
+        return self.family == "Quadratic"
 
     @property
     def problem(self) -> bl.BilevelProblem:
@@ -79,12 +86,14 @@ def descend(hypergradient: Hypergradient, work: Work, steps: int, lr: float) -> 
     x, y = work.x, work.y
     gradients: list[int | None] = []
     hvps: list[int | None] = []
+    cold = None
     for _ in range(steps):
         found = hypergradient(x, y)
         x, y = torch.sub(x, found.value, alpha=lr), found.y
         gradients.append(found.gradients)
         hvps.append(found.hvps)
-    return Answer(x, y, total(gradients), total(hvps))
+        cold = found.cold
+    return Answer(x, y, total(gradients), total(hvps), cold)
 
 
 def total(counts: list[int | None]) -> int | None:

@@ -22,15 +22,19 @@ from bilevel._solution import Evaluations, Status
 from bilevel._types import Tree
 from bilevel.estimators._accept import check_problem, refuse_constraints
 
-LINEAR_SOLVED = 1e-6  # relative residual up to which a linear system counts as solved, in float64
+_LINEAR_SOLVED = 1e-6  # relative residual up to which a linear system counts as solved, in float64
 FALLEN = (
     1e-2  # what may be left of the first gradient of f where the lower problem counts as solved
 )
 
 
-def linear_tolerance(dtype: torch.dtype) -> float:
-    """The relative residual up to which the linear system of an implicit hypergradient counts as solved."""
-    return max(LINEAR_SOLVED, 100.0 * torch.finfo(dtype).eps)
+def linear_tolerance(dtype: torch.dtype, tol: float = 0.0) -> float:
+    """The relative residual up to which the linear system of an implicit hypergradient counts as solved.
+
+    Where the lower problem may be left at `tol`, so may be the linear system, as long as that says something: the
+    error follows both.
+    """
+    return max(_LINEAR_SOLVED, 100.0 * torch.finfo(dtype).eps, min(tol, FALLEN))
 
 
 @dataclass(frozen=True)

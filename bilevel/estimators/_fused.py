@@ -92,7 +92,7 @@ class FusedImplicit(Fused):
             status = Status.NONFINITE
         elif knows < 0.0 or (knows == 0.0 and not lower_residual <= self.tol * scale):
             status = Status.LOWER_UNSOLVED
-        elif not residual <= linear_tolerance(y.dtype):
+        elif not residual <= linear_tolerance(y.dtype, self.tol):
             status = Status.LINEAR_UNSOLVED
         n, linear = y.numel(), self.linear
         products = n if isinstance(linear, Dense) else _products(linear, n) + is_warm

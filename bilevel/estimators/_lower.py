@@ -17,21 +17,28 @@ class LowerObjective(SmoothFunction):
     def __init__(self, oracle: Oracle, x: Tensor, lower_hessian: Tensor | None = None) -> None:
         self._oracle, self._x = oracle, x
         self.lower_hessian = lower_hessian
+        self._eps = torch.finfo(x.dtype).eps
         self._last: tuple[Tensor, CountedGradient] | None = None
 
     def evaluate(self, y: Tensor) -> Point:
-        return _point(y, *self._oracle.lower_grad_y(self._x, y))
+        value, grad = self._oracle.lower_grad_y(self._x, y)
+        return self._point(y, value, grad)
 
-    def evaluate_last(self, y: Tensor) -> Point:
-        linear = self._oracle.linearized(self._x, y)
-        self._last = y, linear
-        return _point(y, linear.value, linear.grad)
+    def evaluate_ahead(self, y: Tensor) -> Point:
+        linear = self._linearized(y)
+        return self._point(y, linear.value, linear.grad)
 
     def linearized(self, point: Point) -> CountedGradient:
-        """The gradient in y at `point` with its products; where it was evaluated last, that evaluation serves."""
+        """The gradient in y at `point` with its products; where it was evaluated ahead, that evaluation serves."""
         if self._last is not None and self._last[0] is point.y:
             return self._last[1]
-        return self._oracle.linearized(self._x, point.y)
+        return self._linearized(point.y)
+
+    def _linearized(self, y: Tensor) -> CountedGradient:
+        self._last = None  # one graph at a time
+        linear = self._oracle.linearized(self._x, y)
+        self._last = y, linear
+        return linear
 
     @property
     def has_hessian(self) -> bool:
@@ -45,7 +52,6 @@ class LowerObjective(SmoothFunction):
     def hvp(self, point: Point) -> Callable[[Tensor], Tensor]:
         return self.linearized(point).hvp
 
-
-def _point(y: Tensor, value: Tensor, grad: Tensor) -> Point:
-    lower = float(value)
-    return Point(y, lower, grad, noise=torch.finfo(y.dtype).eps * abs(lower))
+    def _point(self, y: Tensor, value: Tensor, grad: Tensor) -> Point:
+        lower = float(value)
+        return Point(y, lower, grad, noise=self._eps * abs(lower))

@@ -13,9 +13,10 @@ from torch import Tensor
 from bilevel._autodiff import func
 from bilevel.estimators._fixed_steps import FixedSteps, Reached, length
 from bilevel.optim import Newton
+from bilevel.optim.newton import has_digits
 
 linalg: Any = torch.linalg  # its stubs are untyped
-_MOST = 30  # steps: each is a part of the graph of its own, and none ends early
+MOST = 30  # steps: each is a part of the graph of its own, and none ends early
 _SUFFICIENT_DECREASE = 1e-4  # Armijo's constant
 _HALVINGS = 12  # of a step, all of which are measured at once
 
@@ -50,6 +51,22 @@ class NewtonSteps(FixedSteps):
         """See `FixedSteps.cost`."""
         values = self.max_steps * (_HALVINGS + 1)
         return values, self.max_steps + 1, self.max_steps * n
+
+
+def steps_needed(fun: Callable[[Tensor], Tensor], y: Tensor, tol: float) -> int | None:
+    """The Newton steps from y after which the gradient has fallen to `tol` times itself, or the value can fall no more.
+
+    Returns:
+        Their number, at least 1, or None where more are needed than one program may have.
+    """
+    g, f = func.grad_and_value(fun)(y)
+    first = length(g)
+    for count in range(1, MOST + 1):
+        y, knows = _step(fun, y, tol * first, f)
+        left = length(func.grad(fun)(y))
+        if float(left) <= tol * float(first) or float(knows) > 0.0:
+            return count
+    return None
 
 
 def _step(
@@ -91,7 +108,8 @@ def _factor(hessian: Tensor, identity: Tensor) -> tuple[Tensor, Tensor]:
     nudged, is_indefinite = linalg.cholesky_ex(hessian + little * identity)
     shifted, _ = linalg.cholesky_ex(hessian + (little - 2.0 * least) * identity)
     positive = torch.where(is_indefinite == 0, nudged, shifted)
-    return torch.where(failed == 0, factor, positive), is_indefinite != 0
+    is_sound = (failed == 0) & has_digits(hessian, factor)
+    return torch.where(is_sound, factor, positive), is_indefinite != 0
 
 
 def newton_steps(where: str, minimizer: Newton) -> NewtonSteps:
@@ -100,9 +118,9 @@ def newton_steps(where: str, minimizer: Newton) -> NewtonSteps:
     Raises:
         ValueError: There are too many of them.
     """
-    if minimizer.max_steps > _MOST:
+    if minimizer.max_steps > MOST:
         raise ValueError(
-            f"`{where}` must take few Newton steps to be one program for all problems, at most {_MOST}: each is a part "
+            f"`{where}` must take few Newton steps to be one program for all problems, at most {MOST}: each is a part "
             f"of the program. Got max_steps={minimizer.max_steps}. Pass e.g. `bilevel.optim.Newton(max_steps=8)`."
         )
     return NewtonSteps(minimizer.max_steps)

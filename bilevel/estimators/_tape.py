@@ -7,55 +7,99 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from bilevel._oracle import CountedGradient, Oracle
+from bilevel import _tree
+from bilevel._autodiff import weighed
+from bilevel._oracle import CountedDescent, Oracle
+from bilevel._types import Tree
 
-_AT_HAND = 2**16  # numbers up to which all iterates are kept: half a megabyte in float64
-_GRAPHS = 2**26  # bytes up to which all their graphs are kept too
+_Adjoint = Callable[[CountedDescent], None]
 
 
 class Tape:
     r"""What is kept of the steps $y_{t+1} = y_t - \alpha \nabla_y f(x, y_t)$, taken one by one.
 
-    Of small iterates all are kept, and their graphs too where those are small, by the measure of the first. Of large
-    ones it is every $\sqrt T$-th, and those between are computed a second time, as all graphs are.
+    The graphs of the last of them are kept, as many as fit into `memory`, by the measure of the first. Of the others
+    it is some iterates: so many that the steps from each to the next, taken again on the way back, are no more than
+    those whose graphs fit. Where these would be too many iterates, fewer are kept, and those between computed twice:
+    once for the iterates, once for the graphs.
     """
 
-    def __init__(self, oracle: Oracle, x: Tensor, y: Tensor, lr: float, steps: int) -> None:
-        self._oracle, self._x, self._lr, self._steps = oracle, x, lr, steps
+    def __init__(self, oracle: Oracle, x: Tensor, lr: float, steps: int, memory: int) -> None:
+        self._oracle, self._x, self._lr, self._steps, self._memory = oracle, x, lr, steps, memory
         self._taken = 0
-        self._is_at_hand = steps * y.numel() <= _AT_HAND
-        self._every = 1 if self._is_at_hand else math.ceil(math.sqrt(steps))
-        self._checkpoints: list[Tensor] = []
-        self._graphs: list[CountedGradient] = []
+        self._graph: CountedDescent | None = None  # of the last steps
+        self._iterates: list[Tree] = []  # of the others, every so many
 
-    def step(self, y: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, y: Tree) -> tuple[Tree, Tree]:
         """The next iterate, and the gradient of f that led there."""
-        if self._taken == 0 and self._is_at_hand:
-            linear, size = self._oracle.weighed(self._x, y)
-            if self._steps * size <= _GRAPHS:
-                self._graphs.append(linear)
-            grad = linear.grad
-        elif self._graphs:
-            self._graphs.append(self._oracle.linearized(self._x, y))
-            grad = self._graphs[-1].grad
+        if self._taken == 0:
+            reached = self._first(y)
+        elif self._taken < self._others:
+            reached = self._plain(y)
         else:
-            _, grad = self._oracle.lower_grad_y(self._x, y)
-        if not self._graphs and self._taken % self._every == 0:
-            self._checkpoints.append(y)
+            self._graph = self._graph or self._oracle.descent(self._x, y, self._lr)
+            reached = self._graph.step()
+        if self._taken < self._others and self._taken % self._every == 0:
+            self._iterates.append(y)
         self._taken += 1
-        return y - self._lr * grad, grad
+        return reached
 
-    def back(self, adjoint: Callable[[CountedGradient], None]) -> None:
-        """Call `adjoint` with the gradient of f at each iterate, from the last to the first, and drop its graph."""
-        while self._graphs:
-            adjoint(self._graphs.pop())
-        end = self._steps
-        while self._checkpoints:
-            segment = [self._checkpoints.pop()]
-            start = len(self._checkpoints) * self._every
-            while len(segment) < end - start:
-                _, grad = self._oracle.lower_grad_y(self._x, segment[-1])
-                segment.append(segment[-1] - self._lr * grad)
+    def back(self, adjoint: _Adjoint) -> None:
+        """Call `adjoint` with the graph of each piece of the steps, from the last to the first."""
+        if self._graph is not None:
+            adjoint(self._graph)
+            self._graph = None
+        self._back(self._iterates, self._every, self._others, adjoint)
+
+    def _first(self, y: Tree) -> tuple[Tree, Tree]:
+        """The first step, and the measure of all."""
+        if self._memory == 0:
+            self._divide(y, 0)
+            return self._plain(y)
+        self._graph = self._oracle.descent(self._x, y, self._lr)
+        reached, sizes = weighed(self._graph.step, *_tree.leaves(y))
+        total = math.inf if sizes is None else sum(sizes.values())
+        if self._steps * total <= self._memory:
+            self._divide(y, self._steps)
+            return reached
+        self._graph = None
+        # What is still there, the data for example, belongs to no step: but its iterate does.
+        own = math.inf if sizes is None else total - sum(sizes.values()) + _tree.nbytes(y)
+        self._divide(y, min(int(self._memory // own), self._steps - 1))
+        return reached
+
+    def _divide(self, y: Tree, kept: int) -> None:
+        """Decide which iterates to keep, where the graphs of the last `kept` steps are."""
+        self._others = self._steps - kept
+        self._at_once = max(1, kept)  # graphs on the way back
+        few = max(2 * math.ceil(math.sqrt(self._steps)), self._memory // _tree.nbytes(y))
+        is_enough = self._others <= few * self._at_once
+        # Else as many iterates as the steps between two of them have pieces, which keeps both few.
+        between = math.ceil(math.sqrt(self._others * self._at_once))
+        self._every = self._at_once if is_enough else between
+
+    def _plain(self, y: Tree) -> tuple[Tree, Tree]:
+        _, grad = self._oracle.lower_grad_y(self._x, y)
+        return _tree.stepped(y, grad, self._lr), grad
+
+    def _back(self, iterates: list[Tree], every: int, end: int, adjoint: _Adjoint) -> None:
+        """Go back from step `end` to the first of the iterates, which are `every` steps apart."""
+        while iterates:
+            y, start = iterates.pop(), len(iterates) * every
+            if every > self._at_once:
+                self._back(self._between(y, end - start), self._at_once, end - start, adjoint)
+            else:
+                graph = self._oracle.descent(self._x, y, self._lr)
+                for _ in range(start, end):
+                    graph.step()
+                adjoint(graph)
             end = start
-            while segment:
-                adjoint(self._oracle.linearized(self._x, segment.pop()))
+
+    def _between(self, y: Tree, steps: int) -> list[Tree]:
+        """Of so many iterates from y on, every one from which as many graphs as fit reach the next."""
+        found = [y]
+        while len(found) * self._at_once < steps:
+            for _ in range(self._at_once):
+                y, _ = self._plain(y)
+            found.append(y)
+        return found

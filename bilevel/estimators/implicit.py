@@ -50,7 +50,9 @@ class Implicit(Estimator):
             `Dense()` by the whole Hessian, `Nystrom()` with a low-rank preconditioner, `Neumann()` by a truncated
             series. None for `CG()`, and for `GMRES()` with a `condition`, whose matrix is not symmetric.
         minimizer: Solves the lower problem where there is no `condition`; None for `Newton()`.
-        tol: Norm of the lower gradient, or of $T(x, y) - y$, to reach, relative to the one at the start, >= 0.
+        tol: Norm of the lower gradient, or of $T(x, y) - y$, to reach, relative to the one at the start, >= 0. The
+            linear system counts as solved at the same residual, relative to its right-hand side, at no less than 1e-6
+            and no more than 1e-2.
         condition: A `FixedPoint` $y = T(x, y)$ that holds at the lower solution, in place of
             $\nabla_y f(x, y) = 0$, for an f that is not smooth. The hypergradient then is
             $\partial_x F + (\partial_x T)^\top v$ with $(I - \partial_y T)^\top v = \partial_y F$, and
@@ -155,7 +157,7 @@ class Implicit(Estimator):
         """See `Estimator.estimate`."""
         if self.compile:
             return _compiled.estimate(self.fused, problem, x, y, data, memory)
-        solved_to = linear_tolerance(x.dtype)
+        solved_to = linear_tolerance(x.dtype, self.tol)
         if self.condition is not None:
             linear = self.linear or GMRES()
             return at_fixed_point(
@@ -165,9 +167,10 @@ class Implicit(Estimator):
         warm = memory or {}
         oracle = Oracle(problem, data)
         lower = LowerObjective(oracle, x, warm.get("lower_hessian"))
-        start = lower.evaluate(y)
-        scale = max(_tree.length(start.grad), float(warm.get("scale", 0.0)))
         minimizer = self.minimizer or Newton()
+        evaluate = lower.evaluate_ahead if isinstance(minimizer, Newton) else lower.evaluate
+        start = evaluate(y)
+        scale = max(_tree.length(start.grad), float(warm.get("scale", 0.0)))
         solved = minimizer.minimize(lower, start, self.tol * scale)
         if solved.status in (Status.NONFINITE, Status.LOWER_UNBOUNDED):
             return failed(oracle, x, y, solved.status)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bilevel import _tree
 from bilevel._errors import check_count, check_kind, check_number
-from bilevel._oracle import CountedGradient, Oracle
+from bilevel._oracle import CountedDescent, Oracle
 from bilevel._problem import BilevelProblem
 from bilevel._solution import Status
 from bilevel._types import Tree
@@ -22,7 +22,7 @@ from bilevel.estimators._base import FALLEN, Estimate, Estimator, failed
 from bilevel.estimators._fused import FusedUnrolled
 from bilevel.estimators._tape import Tape
 
-_Differentiated = tuple[Tensor, float, Tensor, float, float | None]
+_Differentiated = tuple[Tree, float, Tensor, float, float | None]
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,12 @@ class Unrolled(Estimator):
     It is the exact gradient of what T steps of gradient descent reach. Where the lower problem has many
     solutions, that is the solution the start leads to, whatever F would choose among them.
 
-    Reverse mode goes back through the steps with a cotangent of y, and recomputes the graph of each step when it
-    gets there, unless all graphs together take at most 64 MiB. Of a long run it keeps every $\sqrt T$-th iterate and
-    computes those between a second time, so that memory grows as $\sqrt T\, n$ and not with the size of the graphs.
+    Reverse mode goes back through the steps with a cotangent of y. It keeps the graphs of the last steps, as many as
+    fit into `graph_memory`. Those of the others are built on the way back, as many at a time, from iterates that were
+    kept: a second gradient for each of these steps, and a third for most of them where the graphs that fit are fewer
+    than $\sqrt T / 2$. Whatever T is, there are at most $2 \sqrt T$ such iterates, or as many as fit into
+    `graph_memory` once more.
+
     Forward mode carries $dy_t/dx$, shape (n, m), along with the steps: it keeps nothing, and costs m products a
     step, so it is for a few upper variables.
 
@@ -54,6 +57,8 @@ class Unrolled(Estimator):
             faster where the problem is small, for half a minute or more at the first call, as the graph grows with
             the steps. In reverse mode, and it keeps the graph of each step. What is compiled is kept with the
             problem, so make that once, and give what changes as data.
+        graph_memory: Bytes that the graphs of the steps may take together in reverse mode, >= 0: more is faster, up
+            to the graphs of all steps, and 0 is the leanest. What they share, as the data, does not count.
 
     Raises:
         ValueError: A parameter is out of its range.
@@ -82,6 +87,7 @@ class Unrolled(Estimator):
     truncate: int | None = None
     mode: Literal["reverse", "forward"] = "reverse"
     compile: bool = False
+    graph_memory: int = 2**26
 
     def __post_init__(self) -> None:
         check_count("Unrolled", "max_steps", self.max_steps, "Raise it, e.g. to 100.")
@@ -94,6 +100,8 @@ class Unrolled(Estimator):
                 f'`Unrolled(mode=...)` must be "reverse" or "forward". Got mode={self.mode!r}. '
                 'Use "forward" for a few upper variables only.'
             )
+        mend = "Give bytes, e.g. 2**30, or 0 for the least memory."
+        check_count("Unrolled", "graph_memory", self.graph_memory, mend, least=0)
         check_kind("Unrolled(compile=...)", self.compile, bool, "Pass True or False.")
         if self.compile:
             _ = self.fused  # refuses forward mode now
@@ -145,7 +153,7 @@ class Unrolled(Estimator):
         has_fallen = residual <= FALLEN * scale and residual <= max(first, math.sqrt(eps) * scale)
         return Estimate(
             grad=grad,
-            y=final,
+            y=_tree.ravel(final)[0],
             value=upper,
             status=Status.CONVERGED if has_fallen else Status.LOWER_UNSOLVED,
             info={
@@ -159,14 +167,15 @@ class Unrolled(Estimator):
             evaluations=oracle.evaluations,
         )
 
-    def _step(self, oracle: Oracle, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _step(self, oracle: Oracle, x: Tensor, y: Tree) -> tuple[Tree, Tree]:
         """The next iterate, and the gradient of f that led there."""
         _, grad = oracle.lower_grad_y(x, y)
-        return y - self.lr * grad, grad
+        return _tree.stepped(y, grad, self.lr), grad
 
-    def _reverse(self, oracle: Oracle, x: Tensor, y: Tensor) -> _Differentiated:
+    def _reverse(self, oracle: Oracle, x: Tensor, y: Tree) -> _Differentiated:
         """y_T, F there, the hypergradient, the length of the first gradient of f, and what was cut off."""
-        tape = Tape(oracle, x, y, self.lr, self.max_steps - self._constant_steps)
+        y = _as_tree(oracle.problem, y)
+        tape = Tape(oracle, x, self.lr, self.max_steps - self._constant_steps, self.graph_memory)
         first = 0.0
         for t in range(self.max_steps):
             y, grad_y = self._step(oracle, x, y) if t < self._constant_steps else tape.step(y)
@@ -174,11 +183,10 @@ class Unrolled(Estimator):
         upper, grad, cotangent = oracle.upper_grad(x, y)
         upper_y = _tree.length(cotangent)
 
-        def adjoint(step: CountedGradient) -> None:
+        def adjoint(steps: CountedDescent) -> None:
             nonlocal grad, cotangent
-            mixed, product = step.products(cotangent)
-            grad = grad - self.lr * mixed
-            cotangent = cotangent - self.lr * product
+            of_x, cotangent = steps.pull(cotangent)
+            grad = grad + of_x
 
         tape.back(adjoint)
         truncated = _tree.length(cotangent) / (upper_y or 1.0) if self._constant_steps else None
@@ -198,3 +206,9 @@ class Unrolled(Estimator):
             first = _tree.length(grad_y) if t == 0 else first
         upper, upper_x, upper_y = oracle.upper_grad(x, y)
         return y, float(upper), upper_x + along_y @ upper_y, first, None
+
+
+def _as_tree(problem: BilevelProblem, y: Tensor) -> Tree:
+    """The vector y as the user's tree, so that no step splits and joins it; itself where that changes a dtype."""
+    tree = problem.unravel[1](y) if problem.unravel else y
+    return tree if all(leaf.dtype == y.dtype for leaf in _tree.leaves(tree)) else y

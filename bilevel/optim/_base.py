@@ -38,8 +38,8 @@ class SmoothFunction(ABC):
     def evaluate(self, y: Tensor) -> Point:
         """The value and the gradient at `y`."""
 
-    def evaluate_last(self, y: Tensor) -> Point:
-        """The same, where the minimizer is about to stop: what is measured may serve after it."""
+    def evaluate_ahead(self, y: Tensor) -> Point:
+        """The same, where products with the Hessian at `y` are likely to follow: what they need may be kept."""
         return self.evaluate(y)
 
     @property

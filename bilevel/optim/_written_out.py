@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.optim._plain_adam import DEFAULTS
+from bilevel.optim._adam import DEFAULTS
 from bilevel.optim.torch import Torch
 
 _OPTIONS: dict[Any, dict[str, Any]] = {

@@ -14,6 +14,7 @@ from bilevel import _tree
 from bilevel._errors import check_count
 from bilevel._solution import Status
 from bilevel.optim._base import Minimizer, Minimum, Point, SmoothFunction
+from bilevel.optim._conjugate import ConjugateSteps
 
 linalg: Any = torch.linalg  # its stubs are untyped
 _SUFFICIENT_DECREASE = 1e-4  # Armijo's constant
@@ -76,7 +77,7 @@ class Newton(Minimizer):
             fun.has_hessian
         )  # whether the last Hessian was positive definite; one from before was
         residual = _tree.length(point.grad)
-        forcing = _FORCING
+        forcing, conjugate = _FORCING, ConjugateSteps(self.cg_steps)
         for step in range(self.max_steps):
             if not math.isfinite(residual):
                 return Minimum(point, residual, Status.NONFINITE, step)
@@ -95,9 +96,8 @@ class Newton(Minimizer):
                     return Minimum(point, residual, Status.NONFINITE, step)
                 direction, is_convex = _dense_direction(hessian, point.grad)
             else:
-                hvp = fun.hvp(point)
                 target = max(forcing * residual, 0.5 * tol)
-                direction = _cg_direction(hvp, point.grad, target, self.cg_steps)
+                direction = conjugate.direction(fun.hvp(point), point.grad, target)
             direction = _capped(direction, point.y)
             # What the value can still lose, against the rounding error of what it lost so far.
             noise = 16.0 * max(point.noise, eps * (start.value - point.value))
@@ -130,10 +130,19 @@ def _capped(direction: Tensor, y: Tensor) -> Tensor:
     return direction if length <= limit else direction * (limit / length)
 
 
+def has_digits(hessian: Tensor, factor: Tensor) -> Tensor:
+    """Whether each pivot of Cholesky's `factor` is more than the rounding of what it is left of, 0-d.
+
+    Of a singular Hessian rounding may leave positive pivots, on some processors, and directions without a meaning.
+    """
+    rounding = hessian.shape[0] * torch.finfo(hessian.dtype).eps
+    return (factor.diagonal().square() > rounding * hessian.diagonal()).all()
+
+
 def _dense_direction(hessian: Tensor, grad: Tensor) -> tuple[Tensor, bool]:
     """The Newton direction, and whether the Hessian is positive definite."""
     factor, info = linalg.cholesky_ex(hessian)
-    if int(info) == 0:
+    if int(info) == 0 and bool(has_digits(hessian, factor)):
         return -torch.cholesky_solve(grad[:, None], factor)[:, 0], True
     values, vectors = linalg.eigh(hessian)
     size = values.abs()
@@ -163,33 +172,9 @@ def _beside_saddle(fun: SmoothFunction, point: Point, is_convex: bool) -> Point 
     return None
 
 
-def _cg_direction(
-    hvp: Callable[[Tensor], Tensor], grad: Tensor, target: float, max_steps: int
-) -> Tensor:
-    """Conjugate gradients on `H d = -grad`, stopped early far from the minimum and at negative curvature."""
-    d = torch.zeros_like(grad)
-    r = -grad
-    p = r
-    rr = float(r @ r)
-    for _ in range(max_steps):
-        hp = hvp(p)
-        curvature = float(p @ hp)
-        if not curvature > 0.0:  # also where it is NaN
-            return d if bool(d.any()) else -grad
-        alpha = rr / curvature
-        d = d + alpha * p
-        r = r - alpha * hp
-        rr_new = float(r @ r)
-        if math.sqrt(rr_new) <= target:
-            break
-        p = r + (rr_new / rr) * p
-        rr = rr_new
-    return d
-
-
 def _sharper(fun: SmoothFunction, point: Point, direction: Tensor, noise: float) -> Point | None:
     """The full step, where the value has no digits left to lose but the gradient halves; else None."""
-    new = fun.evaluate(point.y + direction)
+    new = fun.evaluate_ahead(point.y + direction)
     if new.value <= point.value + noise and _tree.length(new.grad) <= 0.5 * _tree.length(
         point.grad
     ):
@@ -208,14 +193,14 @@ def _line_search(
     if not slope < 0.0:
         return None
     size = _tree.length(point.grad)
-    t = 1.0
+    t, evaluate = 1.0, fun.evaluate_ahead  # most steps are taken as they are
     for _ in range(_HALVINGS):
-        new = fun.evaluate(point.y + t * direction)
+        new = evaluate(point.y + t * direction)
         if new.value <= point.value + _SUFFICIENT_DECREASE * t * slope:
             return new
         if new.value <= point.value + noise and _tree.length(new.grad) <= 0.5 * size:
             return new
         if -slope * t <= noise:
             return None
-        t *= 0.5
+        t, evaluate = 0.5 * t, fun.evaluate
     return None

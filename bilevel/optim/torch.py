@@ -14,8 +14,8 @@ from bilevel import _tree
 from bilevel._errors import check_count, check_number
 from bilevel._solution import Status
 from bilevel._types import Schedule
+from bilevel.optim._adam import plain_adam
 from bilevel.optim._base import Minimizer, Minimum, Point, SmoothFunction
-from bilevel.optim._plain_adam import plain_adam
 
 _HALVINGS = 40  # 2^-40 of a step is no step
 
@@ -103,16 +103,14 @@ class Torch(Minimizer):
             moved = [_descended(*group, self.rate(0), momentum) for group in groups]
             slots = [slot for _, slot in moved]
             return [leaf for leaf, _ in moved], {"count": memory["count"] + 1, "slots": slots}
-        count, rate = memory["count"], self.rate(memory["count"])
-        adam = plain_adam(self.optimizer, self.options)
-        if adam is not None and rate >= 0.0:
-            new, slots = adam.step(
-                variables, self._shortened(grads), memory["slots"], count + 1, rate
-            )
-            return new, {"count": count + 1, "slots": slots}
+        lr = self.rate(memory["count"])
+        adam = plain_adam(self.optimizer, self.options, lr, variables)
+        if adam is not None:
+            new, slots = adam.step(variables, self._prepared(variables, grads), memory["slots"], lr)
+            return new, {"count": memory["count"] + 1, "slots": slots}
         new = [leaf.detach().clone() for leaf in variables]
         self._set_grads(new, grads)
-        optimizer = self.optimizer(new, lr=rate, **self.options)
+        optimizer = self.optimizer(new, lr=lr, **self.options)
         for leaf, slot in zip(new, memory["slots"], strict=True):
             if slot:
                 optimizer.state[leaf] = {
@@ -122,22 +120,24 @@ class Torch(Minimizer):
         for leaf in new:
             leaf.grad = None
         return new, {
-            "count": count + 1,
+            "count": memory["count"] + 1,
             "slots": [dict(optimizer.state[leaf]) for leaf in new],
         }
 
     def _set_grads(self, variables: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-        for leaf, grad in zip(variables, self._shortened(grads), strict=True):
-            # Fused optimizers take the entries in memory order, which must be the variable's.
-            leaf.grad = (
-                grad if grad.stride() == leaf.stride() else torch.empty_like(leaf).copy_(grad)
-            )
+        for leaf, grad in zip(variables, self._prepared(variables, grads), strict=True):
+            leaf.grad = grad
 
-    def _shortened(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
-        if self.max_norm is None:
-            return grads
-        shortened = (self.max_norm / _tree.norm(list(grads))).clamp(max=1.0)
-        return [grad * shortened for grad in grads]
+    def _prepared(self, variables: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
+        """The gradients, shortened where that is asked for, in the layout of their variables."""
+        if self.max_norm is not None:
+            tree = list(grads)
+            grads = _tree.scale((self.max_norm / _tree.norm(tree)).clamp(max=1.0), tree)
+        return [
+            # Kernels over many tensors, fused ones above all, take the entries in memory order.
+            grad if grad.stride() == leaf.stride() else torch.empty_like(leaf).copy_(grad)
+            for leaf, grad in zip(variables, grads, strict=True)
+        ]
 
     def minimize(
         self,
@@ -159,7 +159,7 @@ class Torch(Minimizer):
             if count == self.max_steps:
                 return Minimum(point, residual, Status.MAX_STEPS, count)
             y = move(point.y, point.grad, count)
-            evaluate = fun.evaluate_last if count + 1 == self.max_steps else fun.evaluate
+            evaluate = fun.evaluate_ahead if count + 1 == self.max_steps else fun.evaluate
             new = evaluate(y)
             for _ in range(_HALVINGS):  # a step out of the function's domain is shortened
                 if new.value != math.inf:
@@ -182,14 +182,14 @@ class Torch(Minimizer):
 
     def _mover(self, y: Tensor) -> Callable[[Tensor, Tensor, int], Tensor]:
         """The next y after that of step number `count`, of which it is given the gradient."""
-        momentum, slot = self._plain_momentum, dict[str, Any]()
+        momentum = self._plain_momentum
         if momentum is not None:
-            rate = self.rate(0)
+            rate, velocity = self.rate(0), torch.zeros_like(y)
 
             def descend(y: Tensor, grad: Tensor, count: int) -> Tensor:
-                nonlocal slot
-                y, slot = _descended(y, grad, slot, rate, momentum)
-                return y
+                # As `_descended`, with a memory that nobody else sees and that can be moved in place.
+                along = velocity.mul_(momentum).add_(grad) if momentum else grad
+                return torch.add(y, along, alpha=-rate)
 
             return descend
         own = y.detach().clone()  # moves in place, so that one optimizer can serve all steps
