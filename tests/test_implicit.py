@@ -193,3 +193,21 @@ def test_columns_at_once_and_one_by_one_cost_the_same_products(
     one_by_one = method.estimate(case.problem, case.x0, case.y0)
     assert at_once.evaluations == one_by_one.evaluations
     torch.testing.assert_close(at_once.grad, one_by_one.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_problem_is_checked_at_the_first_hypergradient_of_such_trees_alone() -> None:
+    calls = 0
+
+    def upper(x: torch.Tensor, y: torch.Tensor, data: object) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return ((y - 1.0) ** 2).sum()
+
+    problem = bl.BilevelProblem(upper, lambda x, y, data: ((y - x) ** 2).sum())
+    one = torch.ones(2).double()
+    counts: list[int] = []
+    for x in (one, 2.0 * one, one.float(), one.float()):
+        calls = 0
+        bl.hypergradient(problem, x, x, bl.Implicit())
+        counts.append(calls)
+    assert counts == [2, 1, 2, 1]

@@ -99,6 +99,14 @@ def check_problem(problem: BilevelProblem, x: Tree, y: Tree, data: Any) -> Evalu
     return Evaluations(upper=1, lower=1, upper_grad=1, lower_grad=1)
 
 
+def check_once(problem: BilevelProblem, x: Tree, y: Tree, data: Any) -> None:
+    """`check_problem`, unless the problem was computed with at such trees before: it takes a gradient of F and of f."""
+    _tree.check_variable(x, "x0")
+    _tree.check_variable(y, "y0")
+    if (_tree.kind(x), _tree.kind(y)) not in problem.programs:
+        check_problem(problem, x, y, data)
+
+
 def _total(problem: BilevelProblem, name: str, data: Any, x: Tree, y: Tree) -> Tensor:
     """The sum of a constraint, after a look at its entries."""
 

@@ -20,7 +20,7 @@ from bilevel._problem import (
 )
 from bilevel._solution import Evaluations, Status
 from bilevel._types import Tree
-from bilevel.estimators._accept import check_problem, refuse_constraints
+from bilevel.estimators._accept import check_once, refuse_constraints
 
 _LINEAR_SOLVED = 1e-6  # relative residual up to which a linear system counts as solved, in float64
 FALLEN = (
@@ -178,7 +178,7 @@ def hypergradient(
     known = method.precompiled(problem, x, y, data)
     if known is not None:
         return known
-    check_problem(problem, x, y, data)
+    check_once(problem, x, y, data)
     refuse_constraints(problem, "hypergradient", method.constraints)
     flat, (x_vector, y_vector), unravel_x, unravel_y = ravel(
         problem, _tree.detach(x), _tree.detach(y)
