@@ -212,7 +212,7 @@ class LinearizedGradient:
         return 0.5 * (rows + rows.mT).to(identity)
 
 
-class Descent:
+class DescentSteps:
     """Steps of gradient descent on `fun(x, y)` in y, whose one graph leads back through all of them."""
 
     def __init__(self, fun: Function, x: Tensor, y: Tree, lr: float) -> None:
@@ -225,11 +225,10 @@ class Descent:
         with torch.enable_grad():
             output = self._fun(self._x, _tree.unflatten_like(self._like, self._last))
             grad = _grad(output, self._last, create_graph=True)
-            pairs = zip(self._last, grad, strict=True)
-            self._last = [torch.add(leaf, g, alpha=-self._lr) for leaf, g in pairs]
+            self._last = _tree.leaves(_tree.stepped(self._last, grad, self._lr))
         return self._detached(self._last), self._detached(grad)
 
-    def pull(self, cotangent: Tree) -> tuple[Tensor, Tree]:
+    def vjp(self, cotangent: Tree) -> tuple[Tensor, Tree]:
         """From a cotangent of the last iterate those of x and of the first, once: the graph goes with it."""
         inputs = (self._x, *self._first)
         found = torch.autograd.grad(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bilevel._problem import BilevelProblem, lower_value, split_data
 from bilevel.estimators import Implicit
+from bilevel.estimators._base import FALLEN
 from bilevel.estimators._newton_steps import MOST, steps_needed
 from bilevel.linear import CG, Dense
 from bilevel.optim import Newton
@@ -43,19 +44,25 @@ def implicit_for(
     if spectrum is None:
         why = f"not compiled: each step would form the Hessian of {y.numel()} variables"
         return _by_products(rtol), [why] if compile else []
-    dense = Implicit(Dense()) if rtol is None else Implicit(Dense(), tol=_SHARE * rtol)
+    dense = Implicit(Dense()) if rtol is None else Implicit(Dense(), tol=_tolerance(rtol))
+    if rtol is None and not compile:
+        return dense, []
     try:
         steps = steps_needed(_lower(problem, x, data), y, dense.tol)
     except RuntimeError as error:  # an operator that torch.func cannot transform
-        return dense, [f"not compiled: {str(error).splitlines()[0]}"] if compile else []
+        verb = "compiled" if compile else "weighed against single products"
+        return dense, [f"not {verb}: {str(error).splitlines()[0]}"]
+    if compile and steps is None:
+        return dense, [f"not compiled: from y it takes more than {MOST} Newton steps"]
     if steps is None:
-        return dense, [f"not compiled: from y it takes more than {MOST} Newton steps"] * compile
+        return dense, []
     if compile:
-        count = steps + (steps > 1)  # of a quadratic one is enough from anywhere
-        why = f"one compiled graph holds all of {count} Newton step(s); the first call takes half a minute"
+        # Of a quadratic one is enough from anywhere; of others there is one to spare.
+        count = min(steps + (steps > 1), MOST)
+        why = f"one graph holds all of {count} Newton step(s), and is compiled at the first call"
         return replace(dense, minimizer=Newton(max_steps=count), compile=True), [why]
     products = 2 * _products(spectrum, dense.tol)
-    if rtol is None or products > _AT_ONCE * (steps + 1):
+    if products > _AT_ONCE * (steps + 1):
         return dense, []
     why = f"its linear systems take about {products} products, fewer than {steps + 1} Hessians cost"
     return replace(_by_products(rtol), minimizer=Newton(dense_limit=0)), [why]
@@ -64,7 +71,12 @@ def implicit_for(
 def _by_products(rtol: float | None) -> Implicit:
     if rtol is None:
         return Implicit(CG())
-    return Implicit(CG(rtol=_SHARE * rtol), tol=_SHARE * rtol)
+    return Implicit(CG(rtol=_tolerance(rtol)), tol=_tolerance(rtol))
+
+
+def _tolerance(rtol: float) -> float:
+    """What the lower problem and the linear system are solved to: never worse than what counts as solved."""
+    return min(_SHARE * rtol, FALLEN)
 
 
 def _lower(problem: BilevelProblem, x: Tensor, data: Any) -> Callable[[Tensor], Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from bilevel import _autodiff
-from bilevel._autodiff import Descent, LinearizedGradient, LinearizedMap
+from bilevel._autodiff import DescentSteps, LinearizedGradient, LinearizedMap
 from bilevel._problem import BilevelProblem, split_data
 from bilevel._returned import samples, scalar
 from bilevel._solution import Evaluations
@@ -96,9 +96,9 @@ class Oracle:
         """The gradient in y of `upper * F + lower * f + plus` at vectors x and y, with its products."""
         return CountedGradient(self._linear(x, y, upper, lower, plus), self._counts)
 
-    def descent(self, x: Tensor, y: Tree, lr: float) -> CountedDescent:
+    def descent_steps(self, x: Tensor, y: Tree, lr: float) -> CountedSteps:
         """Steps of gradient descent on f from y, and the way back through them."""
-        return CountedDescent(Descent(self._lower, x, y, lr), self._counts)
+        return CountedSteps(DescentSteps(self._lower, x, y, lr), self._counts)
 
     def _linear(
         self,
@@ -145,10 +145,10 @@ class Oracle:
         return CountedMap(LinearizedMap(on_data, x, y), self._counts)
 
 
-class CountedDescent:
-    """A `Descent` whose gradients are counted, and two products for each on the way back."""
+class CountedSteps:
+    """A `DescentSteps` whose gradients are counted, and two products for each on the way back."""
 
-    def __init__(self, descent: Descent, counts: dict[str, int]) -> None:
+    def __init__(self, descent: DescentSteps, counts: dict[str, int]) -> None:
         self._descent, self._counts, self._steps = descent, counts, 0
 
     def step(self) -> tuple[Tree, Tree]:
@@ -156,9 +156,9 @@ class CountedDescent:
         self._steps += 1
         return self._descent.step()
 
-    def pull(self, cotangent: Tree) -> tuple[Tensor, Tree]:
+    def vjp(self, cotangent: Tree) -> tuple[Tensor, Tree]:
         self._counts["hvp"] += 2 * self._steps
-        return self._descent.pull(cotangent)
+        return self._descent.vjp(cotangent)
 
 
 class CountedMap:

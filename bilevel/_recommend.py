@@ -61,7 +61,7 @@ def recommend(
         rtol: Relative error of a hypergradient that is good enough, > 0, e.g. 1e-3 for a loop of your own: the lower
             problem and the linear system are then solved to a tenth of it. None for as well as the numbers allow, as
             the line searches of `solve` and its certificate want it.
-        compile: Whether half a minute at the first call is welcome, as where thousands of hypergradients are wanted.
+        compile: Whether compiling at the first call pays, as where thousands of hypergradients are wanted.
             Where the problem is small and smooth enough the method then is one compiled graph, with as many Newton
             steps as were needed from y.
 
@@ -147,8 +147,8 @@ def recommend(
 def _name(solver: Solver) -> str:
     if isinstance(solver, HypergradientDescent):
         inner = solver.estimator
-        parts = f"{type(inner.linear).__name__}()" if isinstance(inner, Implicit) else ""
-        if getattr(inner, "compile", False):
-            parts += ", compile=True"
+        parts = ""
+        if isinstance(inner, Implicit):
+            parts = f"{type(inner.linear).__name__}()" + (", compile=True" if inner.compile else "")
         return f"HypergradientDescent({type(inner).__name__}({parts}))"
     return f"{type(solver).__name__}()"

@@ -53,14 +53,9 @@ class Barrier(ABC):
 
 @dataclass(frozen=True)
 class LogRational(Barrier):
-    """See `log_rational`."""
+    """See `log_rational`, which checks kappa; a tensor is what a traced program has for it."""
 
     kappa: float | Tensor = 1.0
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.kappa, Tensor):
-            mend = "Pass the distance from the bound at which the logarithm takes over, e.g. 1.0."
-            check_number("log_rational", "kappa", self.kappa, mend)
 
     def _parts(self, zeta: Tensor) -> tuple[Tensor, Tensor]:
         """`n = min(-zeta, kappa)` and `t = min(kappa / -zeta, 1)`.
@@ -92,7 +87,7 @@ class LogRational(Barrier):
         return (sigma * (near + far)).masked_fill(zeta1 >= 0.0, math.inf)
 
 
-def log_rational(kappa: float | Tensor = 1.0) -> Barrier:
+def log_rational(kappa: float = 1.0) -> Barrier:
     r"""The logarithm near the bound, a rational function of `1 / zeta` far from it.
 
     With $t = \kappa / (-\zeta)$,
@@ -105,7 +100,7 @@ def log_rational(kappa: float | Tensor = 1.0) -> Barrier:
 
     Args:
         kappa: The distance from the bound at which the branches meet, in the unit of `zeta`;
-            above 0, a 0-d tensor where it is one.
+            above 0.
 
     Returns:
         The barrier.
@@ -125,6 +120,8 @@ def log_rational(kappa: float | Tensor = 1.0) -> Barrier:
         Optimization, arXiv:2412.07225, 2024. The paper leaves the coefficients open: these follow
         from P being C2 at `-kappa` and zero at minus infinity.
     """
+    mend = "Pass the distance from the bound at which the logarithm takes over, e.g. 1.0."
+    check_number("log_rational", "kappa", kappa, mend)
     return LogRational(kappa)
 
 

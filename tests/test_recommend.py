@@ -283,12 +283,26 @@ def test_what_cannot_be_compiled_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
     branches = bl.recommend(bl.BilevelProblem(upper, branching), one, 0.0 * one, compile=True)
     assert "not compiled: " in str(branches)
     assert "compile=True" not in str(branches)
+    needed = _newton_steps.steps_needed(lambda y: slow(one, y, None), vector(9.0), 1e-13)
+    assert needed is not None
+    for module in (_newton_steps, _implicit_for):
+        monkeypatch.setattr(module, "MOST", needed)
+    full = bl.recommend(bl.BilevelProblem(upper, slow), one, vector(9.0), compile=True)
+    assert f"of {needed} Newton step(s)" in str(full)  # none to spare, where no more are allowed
     for module in (_newton_steps, _implicit_for):
         monkeypatch.setattr(module, "MOST", 3)
     many_steps = bl.recommend(bl.BilevelProblem(upper, slow), one, vector(9.0), compile=True)
     assert "not compiled: from y it takes more than 3 Newton steps" in str(many_steps)
     with pytest.raises(TypeError, match=r"recommend\(compile=.*Got int"):
         bl.recommend(bl.BilevelProblem(upper, lower), one, one, compile=1)  # pyright: ignore[reportArgumentType]
+
+
+def test_rough_recommendation_still_counts_as_solved() -> None:
+    case = problems.quadratic()
+    found = bl.recommend(case.problem, case.x0, case.y0, rtol=0.9)
+    assert isinstance(found.method, bl.HypergradientDescent)
+    estimate = bl.hypergradient(case.problem, case.x0, case.y0, found.method.estimator)
+    assert estimate.status is bl.Status.CONVERGED
 
 
 def test_tolerance_of_a_recommendation_must_be_positive() -> None:

@@ -2,9 +2,10 @@
 
 The lower level trains a classifier on samples with weights sigmoid(x_i), the upper level chooses the weights for a
 clean validation set. All contenders see all samples in every step, and move x by Adam; benchopt's are as its
-benchmark has them, on batches and without Adam. The rates of each method are those of a grid with which it takes the
-fewest steps: 0.1, 0.3 or 1 for x, for the lower level 0.02, 0.05, 0.1 or 0.2 by Adam and 1, 2 or 4 by gradient descent,
-and by hand a penalty of 1, 3 or 10 in F2SA. Unrolled, all take the same.
+benchmark has them, on batches and without Adam. The rates of each method are those of a small grid with which it takes
+the fewest steps: 0.1, 0.3 or 1 for x (0.3, 1 or 3 unrolled), for the lower level 0.02, 0.05, 0.1 or 0.2 by Adam and 1,
+2 or 4 by gradient descent, and by hand a penalty of 1, 3 or 10 in F2SA. Of the grid of Betty's only a part was tried.
+Unrolled, all take the same.
 """
 
 from __future__ import annotations

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from bilevel import _tree
 from bilevel._autodiff import weighed
-from bilevel._oracle import CountedDescent, Oracle
+from bilevel._oracle import CountedSteps, Oracle
 from bilevel._types import Tree
 
-_Adjoint = Callable[[CountedDescent], None]
+_Adjoint = Callable[[CountedSteps], None]
 
 
 class Tape:
@@ -27,7 +27,7 @@ class Tape:
     def __init__(self, oracle: Oracle, x: Tensor, lr: float, steps: int, memory: int) -> None:
         self._oracle, self._x, self._lr, self._steps, self._memory = oracle, x, lr, steps, memory
         self._taken = 0
-        self._graph: CountedDescent | None = None  # of the last steps
+        self._graph: CountedSteps | None = None  # of the last steps
         self._iterates: list[Tree] = []  # of the others, every so many
 
     def step(self, y: Tree) -> tuple[Tree, Tree]:
@@ -37,7 +37,7 @@ class Tape:
         elif self._taken < self._others:
             reached = self._plain(y)
         else:
-            self._graph = self._graph or self._oracle.descent(self._x, y, self._lr)
+            self._graph = self._graph or self._oracle.descent_steps(self._x, y, self._lr)
             reached = self._graph.step()
         if self._taken < self._others and self._taken % self._every == 0:
             self._iterates.append(y)
@@ -56,7 +56,7 @@ class Tape:
         if self._memory == 0:
             self._divide(y, 0)
             return self._plain(y)
-        self._graph = self._oracle.descent(self._x, y, self._lr)
+        self._graph = self._oracle.descent_steps(self._x, y, self._lr)
         reached, sizes = weighed(self._graph.step, *_tree.leaves(y))
         total = math.inf if sizes is None else sum(sizes.values())
         if self._steps * total <= self._memory:
@@ -89,7 +89,7 @@ class Tape:
             if every > self._at_once:
                 self._back(self._between(y, end - start), self._at_once, end - start, adjoint)
             else:
-                graph = self._oracle.descent(self._x, y, self._lr)
+                graph = self._oracle.descent_steps(self._x, y, self._lr)
                 for _ in range(start, end):
                     graph.step()
                 adjoint(graph)

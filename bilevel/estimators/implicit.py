@@ -52,7 +52,7 @@ class Implicit(Estimator):
         minimizer: Solves the lower problem where there is no `condition`; None for `Newton()`.
         tol: Norm of the lower gradient, or of $T(x, y) - y$, to reach, relative to the one at the start, >= 0. The
             linear system counts as solved at the same residual, relative to its right-hand side, at no less than 1e-6
-            and no more than 1e-2.
+            (1.2e-5 in float32) and no more than 1e-2.
         condition: A `FixedPoint` $y = T(x, y)$ that holds at the lower solution, in place of
             $\nabla_y f(x, y) = 0$, for an f that is not smooth. The hypergradient then is
             $\partial_x F + (\partial_x T)^\top v$ with $(I - \partial_y T)^\top v = \partial_y F$, and
@@ -61,9 +61,9 @@ class Implicit(Estimator):
             residuals: a bound to first order, by one Newton step and one linear solve more, which `evaluations`
             count. Not with a `condition`.
         compile: Whether `torch.compile` makes one graph of the lower steps, the linear system and the hypergradient:
-            the same numbers many times faster where the problem is small, for half a minute or more at the first
-            call, as the graph grows with the steps. It takes a fixed number of steps, which end early in their effect
-            and not in time: `minimizer` must be `Newton(max_steps=...)`, whose every step forms the Hessian and which
+            the same numbers many times faster where the problem is small, but the first call compiles it, for the
+            longer the more steps there are. It takes a fixed number of steps, which end early in their effect and
+            not in time: `minimizer` must be `Newton(max_steps=...)`, whose every step forms the Hessian and which
             then leaves no saddle that it starts at, or a `Torch` of SGD, Adam or AdamW, and `linear`
             `CG(max_steps=...)` or `Dense()`. What is compiled is kept with the problem, so make that once, and give
             what changes as data.

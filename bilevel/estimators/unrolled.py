@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bilevel import _tree
 from bilevel._errors import check_count, check_kind, check_number
-from bilevel._oracle import CountedDescent, Oracle
+from bilevel._oracle import CountedSteps, Oracle
 from bilevel._problem import BilevelProblem
 from bilevel._solution import Status
 from bilevel._types import Tree
@@ -34,8 +34,8 @@ class Unrolled(Estimator):
 
     Reverse mode goes back through the steps with a cotangent of y. It keeps the graphs of the last steps, as many as
     fit into `graph_memory`. Those of the others are built on the way back, as many at a time, from iterates that were
-    kept: a second gradient for each of these steps, and a third for most of them where the graphs that fit are fewer
-    than $\sqrt T / 2$. Whatever T is, there are at most $2 \sqrt T$ such iterates, or as many as fit into
+    kept: a second gradient for each of these steps, and a third for most of them where neither enough graphs nor
+    enough iterates fit. Whatever T is, there are at most $2 \sqrt T$ such iterates, or as many as fit into
     `graph_memory` once more.
 
     Forward mode carries $dy_t/dx$, shape (n, m), along with the steps: it keeps nothing, and costs m products a
@@ -54,11 +54,12 @@ class Unrolled(Estimator):
             $(1 - \alpha \lambda_{\min})^K$ where the lower problem is strongly convex. None for all steps.
         mode: `"reverse"`, or `"forward"` for few upper variables.
         compile: Whether `torch.compile` makes one graph of all steps and their adjoints: the same numbers many times
-            faster where the problem is small, for half a minute or more at the first call, as the graph grows with
-            the steps. In reverse mode, and it keeps the graph of each step. What is compiled is kept with the
+            faster where the problem is small, but the first call compiles it, for the longer the more steps
+            there are. In reverse mode, and it keeps the graph of each step. What is compiled is kept with the
             problem, so make that once, and give what changes as data.
-        graph_memory: Bytes that the graphs of the steps may take together in reverse mode, >= 0: more is faster, up
-            to the graphs of all steps, and 0 is the leanest. What they share, as the data, does not count.
+        graph_memory: Bytes for the graphs of the steps in reverse mode, and as many once more for iterates, >= 0: more
+            is faster, up to the graphs of all steps, and 0 is the leanest. What graphs share, as the data, does not
+            count. Without effect on `compile`, which keeps all.
 
     Raises:
         ValueError: A parameter is out of its range.
@@ -183,9 +184,9 @@ class Unrolled(Estimator):
         upper, grad, cotangent = oracle.upper_grad(x, y)
         upper_y = _tree.length(cotangent)
 
-        def adjoint(steps: CountedDescent) -> None:
+        def adjoint(steps: CountedSteps) -> None:
             nonlocal grad, cotangent
-            of_x, cotangent = steps.pull(cotangent)
+            of_x, cotangent = steps.vjp(cotangent)
             grad = grad + of_x
 
         tape.back(adjoint)

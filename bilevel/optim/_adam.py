@@ -1,4 +1,4 @@
-"""The steps of `Adam` and `AdamW` as pure functions, bit for bit those of `torch.optim`, in two thirds of the time.
+"""The steps of `Adam` and `AdamW` as pure functions, bit for bit those of `torch.optim`.
 
 On the CPU `torch.optim` takes the leaves one by one in Python. The same operations over lists of tensors do not.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from bilevel._tree import kernels
 
 #: The options of the two, with their defaults.
-DEFAULTS: dict[Any, dict[str, Any]] = {
+ADAM_OPTIONS: dict[Any, dict[str, Any]] = {
     torch.optim.Adam: {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0},
     torch.optim.AdamW: {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2},
 }
@@ -89,7 +89,7 @@ def plain_adam(
     optimizer: Any, options: Mapping[str, Any], lr: float, leaves: Sequence[Tensor]
 ) -> Adam | None:
     """`optimizer` where it is `Adam` or `AdamW`, with numbers in range for its options, on the CPU; else None."""
-    defaults = DEFAULTS.get(optimizer)
+    defaults = ADAM_OPTIONS.get(optimizer)
     if defaults is None or not options.keys() <= defaults.keys():
         return None
     given = {**defaults, **options}

@@ -1,4 +1,7 @@
-"""SGD, Adam and AdamW of `torch.optim` as operations on tensors that can be traced, rates and counts among them."""
+"""SGD, Adam and AdamW of `torch.optim` as operations on tensors that can be traced, rates and counts among them.
+
+`_adam` has the same steps bit for bit, which a trace cannot: there the rate and the count are numbers of Python.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.optim._adam import DEFAULTS
+from bilevel.optim._adam import ADAM_OPTIONS
 from bilevel.optim.torch import Torch
 
 _OPTIONS: dict[Any, dict[str, Any]] = {
     torch.optim.SGD: {"momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False},
-    **DEFAULTS,
+    **ADAM_OPTIONS,
 }
 Moments = tuple[
     Tensor, ...
@@ -91,7 +94,7 @@ def written_out(minimizer: object, rule: str, mend: str) -> WrittenOut:
     strange = sorted(set(minimizer.options) - set(known))
     if strange:
         raise ValueError(
-            f"{rule} Got the options {strange}, of which {sorted(known)} are known. Leave them out."
+            f"{rule} Got the options {strange}; known are {sorted(known)}. Leave out the others."
         )
     return WrittenOut(
         optimizer=minimizer.optimizer,  # pyright: ignore[reportArgumentType]  # a key of _OPTIONS

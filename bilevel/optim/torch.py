@@ -26,6 +26,9 @@ class Torch(Minimizer):
 
     The optimizer's own state travels in the solver's `State`, so that a saved run goes on exactly.
 
+    Plain `SGD` at a constant rate, and on the CPU plain `Adam` and `AdamW`, take the same steps without an instance of
+    their class, so that hooks on optimizers are not called.
+
     Attributes:
         optimizer: The class, or any callable `(params, lr=..., **options) -> torch.optim.Optimizer`.
         lr: Learning rate: a number > 0, or a schedule of the step.

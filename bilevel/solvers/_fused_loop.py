@@ -117,7 +117,9 @@ def _run(program: Any, loop: SingleLoop, fused: FusedLoop, state: State, data: A
             parts.lower,
         )
     a, b = fused.form.value_steps, fused.form.lower_steps
-    evaluations = state.evaluations + Evaluations(b, a + b, b, a + b)
+    # A program cannot count: so much it evaluates by its form.
+    spent = Evaluations(upper=b, lower=a + b, upper_grad=b, lower_grad=a + b)
+    evaluations = state.evaluations + spent
     values = packed.tolist()
     if not all(map(math.isfinite, values)):
         return failed(state, values[0], values[1], evaluations)

@@ -11,7 +11,7 @@ from torch import Tensor
 from bilevel import _tree
 from bilevel._problem import projected_by
 from bilevel._types import Projection, Tree
-from bilevel.barriers import log_rational, relaxed
+from bilevel.barriers import LogRational, relaxed
 
 _AVERAGING = 0.9  # of the gap over the batches: one batch alone says next to nothing about it
 _RELAXATION = (
@@ -198,7 +198,7 @@ def _multiplier(form: Form, numbers: Numbers, gap: Tensor, slack: Tensor) -> _We
     A negative gap says that z is not the lower minimizer yet. It counts as further slack: otherwise x would
     run after -lambda f(x, z) faster than z can follow.
     """
-    gap, barrier = gap.to(slack.dtype), log_rational(numbers.kappa)
+    gap, barrier = gap.to(slack.dtype), LogRational(numbers.kappa)
     if form.multiplier == "slack":
         value = barrier.derivative(gap.clamp(max=0.0) - slack, numbers.sigma)
         curvature = torch.zeros_like(value)

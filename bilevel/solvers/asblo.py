@@ -90,7 +90,7 @@ class ASBLO(Solver):
             batches, by the relaxed barrier.
         max_multiplier: Mini-batches: largest $\lambda$, in units of F over f, > 0.
         compile: Mini-batches: whether `torch.compile` makes one graph of the whole step: the same numbers several
-            times as fast on a small problem, once the first step has compiled it, for half a minute or more. Takes
+            times as fast on a small problem, once the first step has compiled it, which may take minutes. Takes
             SGD, Adam or AdamW. What is compiled is kept with the problem, so make that once, and give what changes
             as data; batches of the same shapes serve best, as others compile anew.
 
