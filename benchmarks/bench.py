@@ -4,7 +4,8 @@
 
 All contenders of a table run in one process, on one thread, and take turns. A row's time is the median of its
 rounds in seconds of the processor, and its ratio the median of the ratios to the fastest version by hand in the same
-round. `make peers` installs the other libraries. The page is written when all tasks ran.
+round. `make peers` installs the other libraries. The page is written when all tasks ran; those that are named alone
+take their places in it where all that its first lines say is the same: the day, the machine and the versions.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Literal
 
 import torch
 import tyro
-from page import DOCS, write
+from page import DOCS, between, write
 from speed.race import Rules
 
 TASKS = {
@@ -104,8 +105,21 @@ def main(a: Arguments) -> None:
         title = module.__doc__.split("\n\n")[0].replace("\n", " ").rstrip(".")
         parts.append(f"## {title}\n\n{module.tables(rules)}")
         print(f"\n{parts[-1]}\n\n({time.perf_counter() - began:.0f} s)", flush=True)
-    if set(a.tasks) == set(TASKS):
-        write(DOCS / "benchmarks.md", "\n\n".join(parts))
+    page = DOCS / "benchmarks.md"
+    if set(a.tasks) != set(TASKS):
+        parts = renewed(between(page), parts)
+    if parts:
+        write(page, "\n\n".join(parts))
+
+
+def renewed(before: str, parts: list[str]) -> list[str]:
+    """The parts of a page with the new ones in place of those with the same heading; none where its first differs."""
+    first, *sections = before.split("\n\n## ")
+    if first != parts[0]:
+        return []
+    new = {part.split("\n")[0]: part for part in parts[1:]}
+    known = [f"## {section}" for section in sections]
+    return [first, *(new.get(section.split("\n")[0], section) for section in known)]
 
 
 if __name__ == "__main__":

@@ -18,6 +18,11 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     )
 
 
+def between(page: Path) -> str:
+    """What is between the marks of the page."""
+    return page.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0].strip()
+
+
 def write(page: Path, text: str) -> None:
     """Put `text` between the marks of the page, in the place of what was there."""
     old = page.read_text(encoding="utf-8")

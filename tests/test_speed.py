@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import bench
 import pytest
 import torch
 
@@ -181,3 +182,10 @@ def test_work_of_one_tensor_and_of_several_are_problems_of_the_library():
     for work in (one, two):
         assert work.problem.lower(work.x, work.start, None) == work.lower(work.x, *work.y)
         assert work.problem.upper(work.x, work.start, None) == work.upper(work.x, *work.y)
+
+
+def test_tasks_that_run_alone_take_their_places_where_all_else_is_the_same():
+    before = "on a day\nof a month\n\n## a: b\n\n1\n\n## c\n\n2\n\n3"
+    new = ["on a day\nof a month", "## c\n\n4"]
+    assert bench.renewed(before, new) == [new[0], "## a: b\n\n1", "## c\n\n4"]
+    assert bench.renewed(before, ["on another day", "## c\n\n4"]) == []
