@@ -3,12 +3,12 @@
 import sys
 from pathlib import Path
 
-import bench
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import bench
 from speed import (
     by_hand,
     entries,
