@@ -64,8 +64,8 @@ class BilevelProblem:
         unravel: None for a problem that a user states. Where a solver has made one over vectors of it, the two
             functions that put a vector back into the user's trees x and y. What is such a tree already passes through
             them, and so can be an argument of the functions above.
-        programs: What was compiled for the problem, and for those over vectors that were made of it. Its keys are the
-            kinds of trees that it was computed at, where `check_once` does not check it again.
+        programs: What was compiled for the problem, and for those over vectors that were made of it, and at what trees
+            it was checked.
 
     Raises:
         TypeError: One of the functions is not callable, or does not take the arguments that it is called with.

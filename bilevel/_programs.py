@@ -19,7 +19,15 @@ _FIXED = re.compile(
 
 
 class Programs(dict[Any, Any]):
-    """Compiled functions by what they were compiled for; they stay in the process that made them."""
+    """Compiled functions by what they were compiled for; they stay in the process that made them.
+
+    Attributes:
+        checked: The kinds of the trees x and y at which the problem was found to be in order.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.checked: set[Any] = set()
 
     def __reduce__(self) -> tuple[type[Programs], tuple[()]]:
         return Programs, ()
@@ -40,7 +48,8 @@ class Programs(dict[Any, Any]):
             del self[key]
             error.add_note(
                 f"While compiling {words}, as `compile=True` asks for. Both objectives must be made of torch "
-                "operations without branches on numbers, and torch needs a C++ compiler for the CPU. "
+                "operations without branches on numbers and without communication between processes, and torch needs a "
+                "C++ compiler for the CPU. "
                 "Leave `compile` out to compute step by step."
             )
             raise

@@ -264,3 +264,9 @@ def test_machine_code_takes_the_way_of_its_operations() -> None:
     expected = list(bl.iterate(problem, method, x, x + 1.0, batches))
     found = list(bl.iterate(problem, replace(method, compile=True), x, x + 1.0, batches))
     assert_same(found, expected, 1e-11)
+
+
+def test_betas_in_a_list_make_the_same_program() -> None:
+    ours = [asblo(adam(betas=betas), compile=True)._fused for betas in ([0.8, 0.9], (0.8, 0.9))]  # pyright: ignore[reportPrivateUsage]  # noqa: SLF001
+    assert ours[0] == ours[1]
+    assert hash(ours[0]) == hash(ours[1])

@@ -211,3 +211,15 @@ def test_problem_is_checked_at_the_first_hypergradient_of_such_trees_alone() -> 
         bl.hypergradient(problem, x, x, bl.Implicit())
         counts.append(calls)
     assert counts == [2, 1, 2, 1]
+
+
+def test_problem_that_was_only_certified_is_checked_by_its_first_hypergradient() -> None:
+    problem = bl.BilevelProblem(
+        lambda x, y, data: ((y["a"] - 1.0) ** 2).sum(),
+        lambda x, y, data: ((y["a"] - x) ** 2).sum(),
+    )
+    x = torch.ones(2).double()
+    y = {"a": x, "b": x}
+    bl.certify(problem, x, y)
+    with pytest.raises(bl.ObjectiveError, match="no dependence on `y0\\['b'\\]`"):
+        bl.hypergradient(problem, x, y, bl.Unrolled(3))

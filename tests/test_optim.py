@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from bilevel import Box, State, Status, load_state, save_state
 from bilevel.optim import Newton, Point, QuasiNewton, SmoothFunction, Torch
+from bilevel.optim._conjugate import ConjugateSteps
 
 
 class Smooth(SmoothFunction):
@@ -159,6 +160,28 @@ def test_newton_makes_no_step_along_which_a_singular_hessian_says_nothing() -> N
     found = Newton().minimize(fun, fun.evaluate(torch.zeros(30, dtype=torch.float64)), 1e-12)
     assert found.status is Status.CONVERGED
     torch.testing.assert_close(found.point.y, torch.full_like(found.point.y, 1.0 / 30.0))
+
+
+@pytest.mark.parametrize("off", [0.0, 0.1, 0.2, 0.25, 0.26, 0.3, 0.4, -0.4])
+def test_conjugate_steps_go_on_only_where_that_is_steep(off: float) -> None:
+    """After a solve, the gradient comes back as its residual with something off along the last direction."""
+    n = 400
+    curvature = torch.logspace(-4, 0, n, dtype=torch.float64)
+    steps = ConjugateSteps(200)
+    grad = torch.sin(torch.arange(n, dtype=torch.float64))
+
+    def product(v: Tensor) -> Tensor:
+        return curvature * v
+
+    def decrease(d: Tensor, g: Tensor) -> float:
+        return -float(g @ d + 0.5 * d @ product(d))
+
+    steps.direction(product, grad, 0.3 * float(grad.norm()))
+    left, p, _ = steps._last  # pyright: ignore[reportPrivateUsage, reportGeneralTypeIssues]
+    new = -left + off * float(left.norm() / p.norm()) * p
+    target = 1e-3 * float(new.norm())
+    fresh = ConjugateSteps(200).direction(product, new, target)
+    assert decrease(steps.direction(product, new, target), new) > 0.9 * decrease(fresh, new)
 
 
 def test_newton_says_that_its_steps_ran_out() -> None:

@@ -100,11 +100,13 @@ def check_problem(problem: BilevelProblem, x: Tree, y: Tree, data: Any) -> Evalu
 
 
 def check_once(problem: BilevelProblem, x: Tree, y: Tree, data: Any) -> None:
-    """`check_problem`, unless the problem was computed at such trees before: it takes a gradient of F and of f."""
+    """`check_problem`, unless it passed at such trees before: it takes a gradient of F and of f."""
     _tree.check_variable(x, "x0")
     _tree.check_variable(y, "y0")
-    if (_tree.kind(x), _tree.kind(y)) not in problem.programs:
+    kinds = _tree.kind(x), _tree.kind(y)
+    if kinds not in problem.programs.checked:
         check_problem(problem, x, y, data)
+        problem.programs.checked.add(kinds)
 
 
 def _total(problem: BilevelProblem, name: str, data: Any, x: Tree, y: Tree) -> Tensor:

@@ -17,7 +17,6 @@ class LowerObjective(SmoothFunction):
     def __init__(self, oracle: Oracle, x: Tensor, lower_hessian: Tensor | None = None) -> None:
         self._oracle, self._x = oracle, x
         self.lower_hessian = lower_hessian
-        self._eps = torch.finfo(x.dtype).eps
         self._last: tuple[Tensor, CountedGradient] | None = None
 
     def evaluate(self, y: Tensor) -> Point:
@@ -54,4 +53,4 @@ class LowerObjective(SmoothFunction):
 
     def _point(self, y: Tensor, value: Tensor, grad: Tensor) -> Point:
         lower = float(value)
-        return Point(y, lower, grad, noise=self._eps * abs(lower))
+        return Point(y, lower, grad, noise=torch.finfo(y.dtype).eps * abs(lower))

@@ -59,7 +59,8 @@ class Unrolled(Estimator):
             problem, so make that once, and give what changes as data.
         graph_memory: Bytes for the graphs of the steps in reverse mode, and as many once more for iterates, >= 0: more
             is faster, up to the graphs of all steps, and 0 is the leanest. What graphs share, as the data, does not
-            count. Without effect on `compile`, which keeps all.
+            count, and nor does what Python and torch need for each of their tensors, a few hundred bytes. Without
+            effect on `compile`, which keeps all.
 
     Raises:
         ValueError: A parameter is out of its range.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bilevel import _tree
 
-_FAITHFUL = 0.5  # of a residual: a gradient that differs from it by no more goes on from it
+_FAITHFUL = 0.5  # of a residual: a gradient that differs from it by no more goes on from it, as steep as that
 
 
 class ConjugateSteps:
@@ -38,12 +38,13 @@ class ConjugateSteps:
                 break
             step = slope / curvature
             d = torch.add(d, p, alpha=step)
-            r = torch.sub(r, hp, alpha=step)
+            before, r = r, torch.sub(r, hp, alpha=step)
             rr = float(r @ r)
             if math.sqrt(rr) <= target:
                 self._last = r, p, hp
                 break
-            p = torch.add(r, p, alpha=rr / slope)
+            # Of a start that goes on the residuals need not be orthogonal, and then the difference counts.
+            p = torch.add(r, p, alpha=(rr - float(r @ before)) / slope)
             slope = rr
         return d if float(d @ grad) < 0.0 else -grad
 
@@ -55,4 +56,4 @@ class ConjugateSteps:
         if not _tree.length(r - left) <= _FAITHFUL * _tree.length(left):
             return r
         conjugate = torch.sub(r, p, alpha=float(r @ hp) / float(p @ hp))
-        return conjugate if float(r @ conjugate) > 0.0 else r
+        return conjugate if float(r @ conjugate) > _FAITHFUL * float(r @ r) else r

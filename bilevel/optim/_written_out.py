@@ -99,7 +99,10 @@ def written_out(minimizer: object, rule: str, mend: str) -> WrittenOut:
     return WrittenOut(
         optimizer=minimizer.optimizer,  # pyright: ignore[reportArgumentType]  # a key of _OPTIONS
         max_norm=minimizer.max_norm,
-        options=tuple(sorted({**known, **minimizer.options}.items())),
+        options=tuple(
+            (name, tuple(option) if isinstance(option, list) else option)
+            for name, option in sorted({**known, **minimizer.options}.items())
+        ),
     )
 
 
