@@ -267,6 +267,7 @@ def test_machine_code_takes_the_way_of_its_operations() -> None:
 
 
 def test_betas_in_a_list_make_the_same_program() -> None:
-    ours = [asblo(adam(betas=betas), compile=True)._fused for betas in ([0.8, 0.9], (0.8, 0.9))]  # pyright: ignore[reportPrivateUsage]  # noqa: SLF001
+    made = [asblo(adam(betas=betas), compile=True) for betas in ([0.8, 0.9], (0.8, 0.9))]
+    ours = [solver._fused for solver in made]  # pyright: ignore[reportPrivateUsage]
     assert ours[0] == ours[1]
     assert hash(ours[0]) == hash(ours[1])

@@ -100,7 +100,7 @@ def written_out(minimizer: object, rule: str, mend: str) -> WrittenOut:
         optimizer=minimizer.optimizer,  # pyright: ignore[reportArgumentType]  # a key of _OPTIONS
         max_norm=minimizer.max_norm,
         options=tuple(
-            (name, tuple(option) if isinstance(option, list) else option)
+            (name, tuple(option) if name == "betas" else option)  # given as a list too
             for name, option in sorted({**known, **minimizer.options}.items())
         ),
     )
