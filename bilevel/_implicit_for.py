@@ -17,7 +17,6 @@ from bilevel.linear import CG, Dense
 from bilevel.optim import Newton
 
 _SHARE = 0.1  # of the error that is allowed, for the lower problem and for the linear system
-_FEW = 2  # Newton steps: from y, which may be solved already, or near enough for a capped step, one says little
 _AT_ONCE = 10  # single products that take as long as all columns of a small Hessian in one batch
 
 
@@ -58,7 +57,7 @@ def implicit_for(
     if steps is None:
         return dense, []
     if compile:
-        count = min(max(steps + 1, _FEW), MOST)  # one to spare: x will move
+        count = min(steps + 1, MOST)  # one to spare: x will move
         why = f"one graph holds all of {count} Newton step(s), and is compiled at the first call"
         return replace(dense, minimizer=Newton(max_steps=count), compile=True), [why]
     products = 2 * _products(spectrum, dense.tol)

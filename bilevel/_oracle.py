@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bilevel import _autodiff
+from bilevel import _autodiff, _tree
 from bilevel._autodiff import DescentSteps, LinearizedGradient, LinearizedMap
 from bilevel._problem import BilevelProblem, split_data
 from bilevel._returned import samples, scalar
@@ -95,6 +95,11 @@ class Oracle:
     ) -> CountedGradient:
         """The gradient in y of `upper * F + lower * f + plus` at vectors x and y, with its products."""
         return CountedGradient(self._linear(x, y, upper, lower, plus), self._counts)
+
+    def descended(self, x: Tensor, y: Tree, lr: float) -> tuple[Tree, Tree]:
+        """Where a step of gradient descent on f leads from y, and the gradient that led there, without a graph."""
+        _, grad = self.lower_grad_y(x, y)
+        return _tree.stepped(y, grad, lr), grad
 
     def descent_steps(self, x: Tensor, y: Tree, lr: float) -> CountedSteps:
         """Steps of gradient descent on f from y, and the way back through them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 
@@ -42,12 +43,17 @@ def hypergradient(work: Work, method: bl.Estimator) -> Hypergradient:
 def compiled(work: Work, method: bl.Estimator) -> Hypergradient:
     """By one compiled graph, which the first call makes and `bl.hypergradient` finds with the problem."""
     run = hypergradient(work, method)
+    cold = seconds_to_compile(lambda: run(work.x, work.y))
+    return lambda x, y: replace(run(x, y), cold=cold)
+
+
+def seconds_to_compile(first: Callable[[], object]) -> float:
+    """By the clock, of a first call."""
     began = time.perf_counter()
     # Torch keeps what it compiled on disk, where the next run of the benchmarks would find it.
     with fresh_inductor_cache():
-        run(work.x, work.y)
-    cold = time.perf_counter() - began
-    return lambda x, y: replace(run(x, y), cold=cold)
+        first()
+    return time.perf_counter() - began
 
 
 def iterated(work: Work, solver: bl.Solver, steps: int) -> Answer:

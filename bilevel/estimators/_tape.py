@@ -79,8 +79,7 @@ class Tape:
         self._every = self._at_once if is_enough else between
 
     def _plain(self, y: Tree) -> tuple[Tree, Tree]:
-        _, grad = self._oracle.lower_grad_y(self._x, y)
-        return _tree.stepped(y, grad, self._lr), grad
+        return self._oracle.descended(self._x, y, self._lr)
 
     def _back(self, iterates: list[Tree], every: int, end: int, adjoint: _Adjoint) -> None:
         """Go back from step `end` to the first of the iterates, which are `every` steps apart."""

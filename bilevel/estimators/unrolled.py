@@ -169,18 +169,14 @@ class Unrolled(Estimator):
             evaluations=oracle.evaluations,
         )
 
-    def _step(self, oracle: Oracle, x: Tensor, y: Tree) -> tuple[Tree, Tree]:
-        """The next iterate, and the gradient of f that led there."""
-        _, grad = oracle.lower_grad_y(x, y)
-        return _tree.stepped(y, grad, self.lr), grad
-
     def _reverse(self, oracle: Oracle, x: Tensor, y: Tree) -> _Differentiated:
         """y_T, F there, the hypergradient, the length of the first gradient of f, and what was cut off."""
         y = _as_tree(oracle.problem, y)
         tape = Tape(oracle, x, self.lr, self.max_steps - self._constant_steps, self.graph_memory)
         first = 0.0
         for t in range(self.max_steps):
-            y, grad_y = self._step(oracle, x, y) if t < self._constant_steps else tape.step(y)
+            is_constant = t < self._constant_steps
+            y, grad_y = oracle.descended(x, y, self.lr) if is_constant else tape.step(y)
             first = _tree.length(grad_y) if t == 0 else first
         upper, grad, cotangent = oracle.upper_grad(x, y)
         upper_y = _tree.length(cotangent)
@@ -201,7 +197,7 @@ class Unrolled(Estimator):
         first = 0.0
         for t in range(self.max_steps):
             if t < self._constant_steps:
-                y, grad_y = self._step(oracle, x, y)
+                y, grad_y = oracle.descended(x, y, self.lr)
             else:
                 grad_y, tangents = oracle.lower_tangents(x, y, along_x, along_y)
                 y, along_y = y - self.lr * grad_y, along_y - self.lr * tangents

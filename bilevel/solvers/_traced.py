@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from bilevel._autodiff import func
-from bilevel._problem import BilevelProblem
+from bilevel._problem import BilevelProblem, upper_value
 from bilevel._returned import samples, scalar
 from bilevel._types import Tree
 
@@ -24,7 +24,7 @@ class Traced:
         self._problem, self._upper_data, self._lower_data = problem, upper_data, lower_data
 
     def _upper(self, x: Tensor, y: Tensor) -> Tensor:
-        return scalar(self._problem.upper(x, y, self._upper_data), "upper")
+        return upper_value(self._problem, x, y, self._upper_data)
 
     def _lower(self, x: Tensor, y: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The value, and the losses by sample where there are such."""
