@@ -1,4 +1,4 @@
-"""First and second derivatives of scalar functions of trees; the only calls of torch.autograd.
+"""First and second derivatives of scalar functions of trees.
 
 Gradients are reverse mode. Hessian-vector products go backward through the graph of the gradient,
 which is built once for a point and reused by every product: that works under autocast and through
@@ -8,13 +8,14 @@ layers that have no forward-mode rule. Forward mode is there for those who ask f
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from bilevel import _tree
+from bilevel._backward import backward, batched_grad, filled, grad, grad_of_one, recording
 from bilevel._errors import ObjectiveError
 from bilevel._types import Tree
 
@@ -39,26 +40,6 @@ def _tracked(leaf: Tensor) -> Tensor:
     return leaf.detach().requires_grad_(True)
 
 
-def _grad(output: Tensor, inputs: Sequence[Tensor], **options: Any) -> list[Tensor]:
-    """The derivatives of `output` in the tracked `inputs`, zero in those that it ignores."""
-    if not output.requires_grad:
-        return [torch.zeros_like(leaf) for leaf in inputs]
-    found = torch.autograd.grad(output, inputs, allow_unused=True, **options)
-    # torch's own `materialize_grads` does the same, and takes a tenth of a small gradient's time.
-    return [
-        torch.zeros_like(leaf) if grad is None else grad  # pyright: ignore[reportUnnecessaryComparison]
-        for leaf, grad in zip(inputs, found, strict=True)
-    ]
-
-
-def _grad_of_one(output: Tensor, wrt: Tensor, **options: Any) -> Tensor:
-    """The same for one input: the lists would take longer than all else around a small gradient."""
-    if not output.requires_grad:
-        return torch.zeros_like(wrt)
-    (found,) = torch.autograd.grad(output, wrt, allow_unused=True, **options)
-    return torch.zeros_like(wrt) if found is None else found  # pyright: ignore[reportUnnecessaryComparison]
-
-
 def value(fun: Function, *trees: Tree) -> Tensor:
     """`fun(*trees)` without a graph."""
     with torch.no_grad():
@@ -78,14 +59,14 @@ def value_and_grad(
     Returns:
         The value, 0-d, and one tree of gradients a variable; zeros where `fun` ignores a leaf.
     """
-    with torch.enable_grad():
+    with recording():
         if len(trees) == 1 and isinstance(trees[0], Tensor):
             wrt = _tracked(trees[0])
             output = fun(wrt, *frozen)
-            return output.detach(), [_grad_of_one(output, wrt)]
+            return output.detach(), [grad_of_one(output, wrt)]
         tracked, parts = _variables(trees)
         output = fun(*tracked, *frozen)
-        flat = _grad(output, [leaf for group in parts for leaf in group])
+        flat = grad(output, [leaf for group in parts for leaf in group])
     grads: list[Tree] = []
     for tree, group in zip(trees, parts, strict=True):
         grads.append(_tree.unflatten_like(tree, flat[: len(group)]))
@@ -95,21 +76,19 @@ def value_and_grad(
 
 def unused_leaves(fun: Function, *trees: Tree) -> list[list[int]]:
     """For each tree, the indices of the leaves that `fun(*trees)` does not depend on."""
-    with torch.enable_grad():
+    with recording():
         tracked, parts = _variables(trees)
         output = fun(*tracked)
         if not output.requires_grad:
             return [list(range(len(group))) for group in parts]
-        flat = torch.autograd.grad(
-            output, [leaf for group in parts for leaf in group], allow_unused=True
-        )
-    missing = iter([grad is None for grad in flat])  # pyright: ignore[reportUnnecessaryComparison]
+        flat = backward((output,), None, tuple(leaf for group in parts for leaf in group))
+    missing = iter([part is None for part in flat])
     return [[i for i in range(len(group)) if next(missing)] for group in parts]
 
 
 def differentiable_grad(output: Tensor, wrt: Tensor) -> Tensor:
     """The gradient of the scalar `output` in the tracked `wrt`, with its own graph."""
-    return _grad_of_one(output, wrt, create_graph=True)
+    return grad_of_one(output, wrt, create_graph=True)
 
 
 def jacobian(fun: Function, *vectors: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -126,14 +105,14 @@ class LinearizedMap:
     """
 
     def __init__(self, fun: Function, *vectors: Tensor) -> None:
-        with torch.enable_grad():
+        with recording():
             self._tracked, _ = _variables(vectors)
             self._output = fun(*self._tracked)
         self.value = self._output.detach()
 
     def vjp(self, number: int, cotangent: Tensor) -> Tensor:
         """The transposed derivative in the vector of that number times `cotangent`, the shape of the vector."""
-        return _grad_of_vector(self._output, self._tracked[number], cotangent)
+        return grad_of_one(self._output, self._tracked[number], cotangent, retain_graph=True)
 
     def jacobian(self) -> list[Tensor]:
         """The derivative in each of the vectors, shapes (k, n): k products, in one batch where torch can.
@@ -147,11 +126,10 @@ class LinearizedMap:
             return blocks
         wrt = [self._tracked[i] for i in used]
         identity = torch.eye(count, dtype=self.value.dtype, device=self.value.device)
-        options = {"grad_outputs": identity, "is_grads_batched": True, "retain_graph": True}
         try:
-            columns = _grad(self._output, wrt, **options)
+            columns = batched_grad(self._output, wrt, identity)
         except RuntimeError:  # an operator without a batching rule: one row at a time
-            rows = [_grad(self._output, wrt, grad_outputs=r, retain_graph=True) for r in identity]
+            rows = [grad(self._output, wrt, row, retain_graph=True) for row in identity]
             columns = [torch.stack(column) for column in zip(*rows, strict=True)]
         for i, column in zip(used, columns, strict=True):
             if column.dim() == 2:  # where fun ignores a vector, torch answers with one row for all
@@ -170,7 +148,7 @@ class LinearizedGradient:
     """
 
     def __init__(self, fun: Function, x: Tensor, y: Tensor) -> None:
-        with torch.enable_grad():
+        with recording():
             tracked, _ = _variables((x, y))
             self._x, self._y = tracked
             output = fun(self._x, self._y)
@@ -178,22 +156,17 @@ class LinearizedGradient:
         self.value = output.detach()
         self.grad = self._grad.detach()
 
-    def _product(self, wrt: Tensor, cotangent: Tensor) -> Tensor:
-        return _grad_of_vector(self._grad, wrt, cotangent)
-
     def hvp(self, vector: Tensor) -> Tensor:
         """The Hessian in y times `vector`, shape (n,)."""
-        return self._product(self._y, vector)
+        return grad_of_one(self._grad, self._y, vector, retain_graph=True)
 
     def mixed_vjp(self, vector: Tensor) -> Tensor:
         """The derivative in x of `grad_y fun . vector`, the shape of x."""
-        return self._product(self._x, vector)
+        return grad_of_one(self._grad, self._x, vector, retain_graph=True)
 
     def products(self, vector: Tensor) -> tuple[Tensor, Tensor]:
         """`mixed_vjp(vector)` and `hvp(vector)`, from one backward pass."""
-        mixed, product = _grad(
-            self._grad, (self._x, self._y), grad_outputs=vector, retain_graph=True
-        )
+        mixed, product = grad(self._grad, (self._x, self._y), vector, retain_graph=True)
         return mixed, product
 
     def hessian(self) -> Tensor:
@@ -203,7 +176,7 @@ class LinearizedGradient:
         if not self._grad.requires_grad:
             return torch.zeros_like(identity)
         try:
-            rows = _grad_of_vector(self._grad, self._y, identity, is_grads_batched=True)
+            (rows,) = batched_grad(self._grad, (self._y,), identity)
         except RuntimeError:  # an operator without a batching rule: one product at a time
             rows = torch.stack([self.hvp(row) for row in identity])
         if rows.dim() < 2:  # a constant gradient: torch answers with one row of zeros for all
@@ -220,24 +193,31 @@ class DescentSteps:
         _, ((self._x,), self._first) = _variables((x, y))
         self._last = self._first
 
-    def step(self) -> tuple[Tree, Tree]:
-        """The next iterate, and the gradient in y that led there."""
-        with torch.enable_grad():
+    def step(self) -> list[Tensor]:
+        """Take the next one; the leaves of the gradient in y that leads there, which have a graph too."""
+        with recording():
             output = self._fun(self._x, _tree.unflatten_like(self._like, self._last))
-            grad = _grad(output, self._last, create_graph=True)
-            self._last = _tree.leaves(_tree.stepped(self._last, grad, self._lr))
-        return self._detached(self._last), self._detached(grad)
+            slope = grad(output, self._last, create_graph=True)
+            pairs = zip(self._last, slope, strict=True)
+            self._last = [torch.add(leaf, d, alpha=-self._lr) for leaf, d in pairs]
+        return slope
+
+    def reached(self) -> Tree:
+        """The last iterate."""
+        return _tree.unflatten_like(self._like, [leaf.detach() for leaf in self._last])
 
     def vjp(self, cotangent: Tree) -> tuple[Tensor, Tree]:
         """From a cotangent of the last iterate those of x and of the first, once: the graph goes with it."""
         inputs = (self._x, *self._first)
-        found = torch.autograd.grad(
-            self._last, inputs, _tree.leaves(cotangent), allow_unused=True, materialize_grads=True
-        )
-        return found[0], _tree.unflatten_like(self._like, found[1:])
+        found = backward(tuple(self._last), tuple(_tree.leaves(cotangent)), inputs)
+        of_x, *of_y = filled(inputs, found)
+        return of_x, _tree.unflatten_like(self._like, of_y)
 
-    def _detached(self, leaves: Sequence[Tensor]) -> Tree:
-        return _tree.unflatten_like(self._like, [leaf.detach() for leaf in leaves])
+    def value_and_grad(self, fun: Function) -> tuple[Tensor, Tensor]:
+        """`fun(x, y)` at the last iterate, and its derivative in x through all steps, once: the graph goes with it."""
+        with recording():
+            output = fun(self._x, _tree.unflatten_like(self._like, self._last))
+        return output.detach(), grad_of_one(output, self._x)
 
 
 def weighed(
@@ -288,9 +268,5 @@ def gradient_and_tangents(
     def tangent(u: Tensor, v: Tensor) -> Any:
         return func.jvp(func.grad(fun, argnums=1), (x, y), (u, v))
 
-    grad, tangents = func.vmap(tangent, out_dims=(None, 0))(along_x, along_y)
-    return grad.detach(), tangents.detach()
-
-
-def _grad_of_vector(output: Tensor, wrt: Tensor, cotangent: Tensor, **options: Any) -> Tensor:
-    return _grad_of_one(output, wrt, grad_outputs=cotangent, retain_graph=True, **options)
+    slope, tangents = func.vmap(tangent, out_dims=(None, 0))(along_x, along_y)
+    return slope.detach(), tangents.detach()

@@ -103,7 +103,7 @@ class Oracle:
 
     def descent_steps(self, x: Tensor, y: Tree, lr: float) -> CountedSteps:
         """Steps of gradient descent on f from y, and the way back through them."""
-        return CountedSteps(DescentSteps(self._lower, x, y, lr), self._counts)
+        return CountedSteps(DescentSteps(self._lower, x, y, lr), self._upper, self._counts)
 
     def _linear(
         self,
@@ -153,17 +153,28 @@ class Oracle:
 class CountedSteps:
     """A `DescentSteps` whose gradients are counted, and two products for each on the way back."""
 
-    def __init__(self, descent: DescentSteps, counts: dict[str, int]) -> None:
-        self._descent, self._counts, self._steps = descent, counts, 0
+    def __init__(
+        self, descent: DescentSteps, upper: Callable[[Tree, Tree], Tensor], counts: dict[str, int]
+    ) -> None:
+        self._descent, self._upper, self._counts, self._steps = descent, upper, counts, 0
 
-    def step(self) -> tuple[Tree, Tree]:
+    def step(self) -> list[Tensor]:
         self._counts["lower_grad"] += 1
         self._steps += 1
         return self._descent.step()
 
+    def reached(self) -> Tree:
+        return self._descent.reached()
+
     def vjp(self, cotangent: Tree) -> tuple[Tensor, Tree]:
         self._counts["hvp"] += 2 * self._steps
         return self._descent.vjp(cotangent)
+
+    def upper_grad(self) -> tuple[Tensor, Tensor]:
+        """F at the last iterate, and its gradient in x through all steps."""
+        self._counts["upper_grad"] += 1
+        self._counts["hvp"] += 2 * self._steps
+        return self._descent.value_and_grad(self._upper)
 
 
 class CountedMap:

@@ -93,6 +93,8 @@ class BilevelProblem:
     programs: Programs = field(default_factory=Programs, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if self.unravel is not None:
+            return  # made of a problem that was checked, anew for each step
         for name in ("upper", "lower", *CONSTRAINTS, "domain"):
             part = getattr(self, name)
             if not (callable(part) or (part is None and name not in ("upper", "lower"))):
@@ -100,7 +102,7 @@ class BilevelProblem:
                     f"`BilevelProblem({name}=...)` must be callable. Got {type(part).__name__}. "
                     f"Pass a function {'of x' if name == 'domain' else 'of (x, y, data)'}."
                 )
-            if part is not None and self.unravel is None:
+            if part is not None:
                 _check_arguments(name, part)
         check_kind("BilevelProblem(per_sample=...)", self.per_sample, bool, "Pass True or False.")
 
@@ -152,9 +154,10 @@ def ravel(
     """
     x_vector, unravel_x = _tree.ravel(x)
     y_vector, unravel_y = _tree.ravel(y)
+    is_flat = x_vector is x and y_vector is y
 
     def over_vectors(fun: Objective) -> Objective:
-        return lambda u, v, data: fun(unravel_x(u), unravel_y(v), data)
+        return fun if is_flat else lambda u, v, data: fun(unravel_x(u), unravel_y(v), data)
 
     def constraint(fun: Objective, name: str) -> Objective:
         over, first = over_vectors(fun), list[Tensor]()

@@ -20,6 +20,7 @@ from bilevel._types import Tree
 linalg: Any = torch.linalg  # its stubs are untyped
 kernels: Any = torch  # for lists of tensors, which its stubs leave out
 _WIDE = (torch.float32, torch.float64)  # the dtypes of vectors
+_SMALL = 1e-30  # squares from here on keep their digits in float32
 
 
 def leaves(tree: Tree) -> list[Tensor]:
@@ -118,6 +119,12 @@ def norms(*trees: Tree) -> list[Tensor]:
 
 def length(tree: Tree) -> float:
     """The Euclidean norm over all leaves, as a number."""
+    if isinstance(tree, Tensor) and tree.dim() == 1 and tree.dtype in _WIDE:
+        square = float(torch.dot(tree, tree))
+        if (
+            _SMALL < square < math.inf
+        ):  # half of the time of a norm, which neither under- nor overflows
+            return math.sqrt(square)
     return float(norm(tree))
 
 

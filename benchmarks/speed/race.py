@@ -6,7 +6,8 @@ import gc
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 
@@ -91,15 +92,16 @@ def _race(contenders: Sequence[Contender], repeats: int) -> list[Result]:
             answer = run()
             seconds = time.process_time() - began
             if seconds < LEAST:  # the first call was no measure
-                seconds = timed(run, 1)
+                seconds = clocked(run, 1)
         except Exception as error:  # noqa: BLE001  # others' code fails as it likes, and the table says how
             reasons[i] = reason(error)
         else:
             runs[i] = run, answer, max(1, math.ceil(LEAST / seconds))
     times: dict[int, list[float]] = {i: [] for i in runs}
-    for _ in range(repeats):
-        for i, (run, _, number) in runs.items():
-            times[i].append(timed(run, number))
+    with frozen():
+        for _ in range(repeats):
+            for i, (run, _, number) in runs.items():
+                times[i].append(timed(run, number))
     return [
         Result(contender, tuple(times[i]), runs[i][1])
         if i in runs
@@ -108,16 +110,32 @@ def _race(contenders: Sequence[Contender], repeats: int) -> list[Result]:
     ]
 
 
+@contextmanager
+def frozen() -> Iterator[None]:
+    """Keep what there is from the garbage collector, which else walks through all of torch before each measurement."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def timed(run: Run, number: int) -> float:
-    """Seconds of one of `number` calls: those of the processor, which other programs hardly lengthen."""
+    """Seconds of one of `number` calls, without a collection of garbage among them."""
     gc.collect()
     gc.disable()
+    spent = clocked(run, number)
+    gc.enable()
+    return spent
+
+
+def clocked(run: Run, number: int) -> float:
+    """Seconds of one of `number` calls: those of the processor, which other programs hardly lengthen."""
     began = time.process_time()
     for _ in range(number):
         run()
-    spent = time.process_time() - began
-    gc.enable()
-    return spent / number
+    return (time.process_time() - began) / number
 
 
 def reason(error: Exception) -> str:

@@ -23,6 +23,7 @@ from speed.race import (
     Run,
     answers,
     cold,
+    frozen,
     milliseconds,
     race,
     reason,
@@ -161,11 +162,12 @@ def _many(rules: Rules) -> str:
         if isinstance(in_jax, str):
             reasons.add(in_jax)
         floors, ours_, theirs = list[float](), list[float](), list[float]()
-        for _ in range(rules.repeats):
-            floors.append(timed(loop, 1))
-            ours_.append(timed(run, 1) / count)
-            if not isinstance(in_jax, str):
-                theirs.append(timed(in_jax, 10) / count)
+        with frozen():
+            for _ in range(rules.repeats):
+                floors.append(timed(loop, 1))
+                ours_.append(timed(run, 1) / count)
+                if not isinstance(in_jax, str):
+                    theirs.append(timed(in_jax, 10) / count)
         faster = median(b / a for a, b in zip(ours_, floors, strict=True))
         cells = [milliseconds(median(times)) if times else "" for times in (ours_, floors, theirs)]
         lines.append([str(count), *cells, f"{faster:.3g}"])

@@ -1,4 +1,4 @@
-"""The lower objective as a function of y, for the methods that need no gradient in x on the way."""
+"""The lower objective as a function of y, and its Hessian as a matrix that linear solvers multiply with."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bilevel._oracle import CountedGradient, Oracle
+from bilevel.linear._base import Product
 from bilevel.optim._base import Point, SmoothFunction
 
 
@@ -54,3 +55,22 @@ class LowerObjective(SmoothFunction):
     def _point(self, y: Tensor, value: Tensor, grad: Tensor) -> Point:
         lower = float(value)
         return Point(y, lower, grad, noise=torch.finfo(y.dtype).eps * abs(lower))
+
+
+class LowerHessian:
+    """Products with the Hessian in y, of which the last that a linear solver measured its solution by is kept."""
+
+    def __init__(self, gradient: CountedGradient) -> None:
+        self._gradient = gradient
+        self._last: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
+
+    def product(self, *, has_columns: bool) -> Product:
+        """For a linear solver."""
+        columns = self._gradient.hessian if has_columns else None
+        return Product(self._gradient.hvp, columns, lambda v: self.products(v)[1])
+
+    def products(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The derivative in x of `grad_y f . v`, and the Hessian times v, from one backward pass at most."""
+        if self._last is None or self._last[0] is not v:
+            self._last = v, self._gradient.products(v)
+        return self._last[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from bilevel import _tree
@@ -22,51 +23,83 @@ class Tape:
     it is some iterates: so many that the steps from each to the next, taken again on the way back, are no more than
     those whose graphs fit. Where these would be too many iterates, fewer are kept, and those between computed twice:
     once for the iterates, once for the graphs.
+
+    Attributes:
+        first: Length of the gradient of f that led the first step.
     """
 
-    def __init__(self, oracle: Oracle, x: Tensor, lr: float, steps: int, memory: int) -> None:
+    def __init__(
+        self, oracle: Oracle, x: Tensor, y: Tree, lr: float, steps: int, memory: int
+    ) -> None:
         self._oracle, self._x, self._lr, self._steps, self._memory = oracle, x, lr, steps, memory
         self._taken = 0
+        self._y = y  # where the graph begins, or the next step where there is none
         self._graph: CountedSteps | None = None  # of the last steps
         self._iterates: list[Tree] = []  # of the others, every so many
 
-    def step(self, y: Tree) -> tuple[Tree, Tree]:
-        """The next iterate, and the gradient of f that led there."""
+    def step(self) -> None:
+        """Take the next one."""
+        before = self._y
         if self._taken == 0:
-            reached = self._first(y)
+            self.first = self._first()
         elif self._taken < self._others:
-            reached = self._plain(y)
+            self._y, _ = self._plain(before)
         else:
-            self._graph = self._graph or self._oracle.descent_steps(self._x, y, self._lr)
-            reached = self._graph.step()
+            self._graph = self._graph or self._oracle.descent_steps(self._x, before, self._lr)
+            self._graph.step()
         if self._taken < self._others and self._taken % self._every == 0:
-            self._iterates.append(y)
+            self._iterates.append(before)
         self._taken += 1
-        return reached
 
-    def back(self, adjoint: _Adjoint) -> None:
-        """Call `adjoint` with the graph of each piece of the steps, from the last to the first."""
+    @property
+    def y(self) -> Tree:
+        """The last iterate."""
+        return self._y if self._graph is None else self._graph.reached()
+
+    def upper_grad(self) -> tuple[Tensor, Tensor]:
+        """F at the last iterate, and its gradient in x through all steps."""
+        if self._graph is not None and not self._iterates:
+            return self._graph.upper_grad()
+        upper, grad, cotangent = self._oracle.upper_grad(self._x, self.y)
+        of_x, _ = self.back(cotangent)
+        return upper, grad + of_x
+
+    def back(self, cotangent: Tree) -> tuple[Tensor, Tree]:
+        """From a cotangent of the last iterate those of x and of the first."""
+        of_x = torch.zeros_like(self._x)
+
+        def adjoint(steps: CountedSteps) -> None:
+            nonlocal of_x, cotangent
+            more, cotangent = steps.vjp(cotangent)
+            of_x = of_x + more
+
         if self._graph is not None:
             adjoint(self._graph)
             self._graph = None
         self._back(self._iterates, self._every, self._others, adjoint)
+        return of_x, cotangent
 
-    def _first(self, y: Tree) -> tuple[Tree, Tree]:
-        """The first step, and the measure of all."""
+    def _first(self) -> float:
+        """Take the first step, which is the measure of all; the length of the gradient of f that led it."""
+        y = self._y
         if self._memory == 0:
             self._divide(y, 0)
-            return self._plain(y)
-        self._graph = self._oracle.descent_steps(self._x, y, self._lr)
-        reached, sizes = weighed(self._graph.step, *_tree.leaves(y))
+            self._y, slope = self._plain(y)
+            return _tree.length(slope)
+        graph = self._oracle.descent_steps(self._x, y, self._lr)
+        slope, sizes = weighed(graph.step, *_tree.leaves(y))
+        first = _tree.length([leaf.detach() for leaf in slope])
         total = math.inf if sizes is None else sum(sizes.values())
         if self._steps * total <= self._memory:
+            self._graph = graph
             self._divide(y, self._steps)
-            return reached
-        self._graph = None
+            return first
+        self._y = graph.reached()
+        del graph, slope
         # What is still there, the data for example, belongs to no step: but its iterate does.
         own = math.inf if sizes is None else total - sum(sizes.values()) + _tree.nbytes(y)
         self._divide(y, min(int(self._memory // own), self._steps - 1))
-        return reached
+        return first
 
     def _divide(self, y: Tree, kept: int) -> None:
         """Decide which iterates to keep, where the graphs of the last `kept` steps are."""

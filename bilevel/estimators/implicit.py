@@ -23,14 +23,14 @@ from bilevel.estimators._bound import error_bound
 from bilevel.estimators._descent import descent
 from bilevel.estimators._fixed_point import at_fixed_point
 from bilevel.estimators._fused import FusedImplicit
-from bilevel.estimators._lower import LowerObjective
+from bilevel.estimators._lower import LowerHessian, LowerObjective
 from bilevel.estimators._newton_steps import newton_steps
 from bilevel.fixed_points import FixedPoint
 from bilevel.linear import CG, GMRES, Dense, LinearSolver
-from bilevel.linear._base import Product
 from bilevel.optim import Minimizer, Newton
 
 _AT_ONCE = 256  # variables up to which the columns of the Hessian may take memory together, as for Newton's method
+_FEW = 8  # unknowns: so many products solve any system, and a start that is not exact saves fewer than the one it costs
 
 
 @dataclass(frozen=True)
@@ -178,12 +178,11 @@ class Implicit(Estimator):
         upper, upper_x, upper_y = oracle.upper_grad(x, y)
         value = float(upper)
         gradient = lower.linearized(solved.point)
-        product = gradient.hvp
-        if y.numel() <= _AT_ONCE:
-            product = Product(gradient.hvp, gradient.hessian)
-        v = linear.solve(product, upper_y, warm.get("v"))
+        hessian = LowerHessian(gradient)
+        product = hessian.product(has_columns=y.numel() <= _AT_ONCE)
+        v = linear.solve(product, upper_y, warm.get("v") if y.numel() > _FEW else None)
         size = _tree.length(upper_y)
-        mixed, image = gradient.products(v)
+        mixed, image = hessian.products(v)
         residual = _tree.length(image - upper_y) / (size or 1.0)
         grad = upper_x - mixed
         status = Status.CONVERGED
@@ -201,8 +200,8 @@ class Implicit(Estimator):
             "linear_residual": residual,
         }
         if self.error_bound and status is not Status.NONFINITE:
-            hessian = lower.lower_hessian
-            info["error_bound"] = error_bound(oracle, x, y, grad, gradient, hessian, v)
+            known = lower.lower_hessian
+            info["error_bound"] = error_bound(oracle, x, y, grad, gradient, known, v)
         return Estimate(
             grad=grad,
             y=y,

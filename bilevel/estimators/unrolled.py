@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bilevel import _tree
 from bilevel._errors import check_count, check_kind, check_number
-from bilevel._oracle import CountedSteps, Oracle
+from bilevel._oracle import Oracle
 from bilevel._problem import BilevelProblem
 from bilevel._solution import Status
 from bilevel._types import Tree
@@ -172,23 +172,22 @@ class Unrolled(Estimator):
     def _reverse(self, oracle: Oracle, x: Tensor, y: Tree) -> _Differentiated:
         """y_T, F there, the hypergradient, the length of the first gradient of f, and what was cut off."""
         y = _as_tree(oracle.problem, y)
-        tape = Tape(oracle, x, self.lr, self.max_steps - self._constant_steps, self.graph_memory)
-        first = 0.0
-        for t in range(self.max_steps):
-            is_constant = t < self._constant_steps
-            y, grad_y = oracle.descended(x, y, self.lr) if is_constant else tape.step(y)
-            first = _tree.length(grad_y) if t == 0 else first
+        first = None
+        for _ in range(self._constant_steps):
+            y, slope = oracle.descended(x, y, self.lr)
+            first = _tree.length(slope) if first is None else first
+        taped = self.max_steps - self._constant_steps
+        tape = Tape(oracle, x, y, self.lr, taped, self.graph_memory)
+        for _ in range(taped):
+            tape.step()
+        y, first = tape.y, tape.first if first is None else first
+        if not self._constant_steps:
+            upper, grad = tape.upper_grad()
+            return y, float(upper), grad, first, None
         upper, grad, cotangent = oracle.upper_grad(x, y)
-        upper_y = _tree.length(cotangent)
-
-        def adjoint(steps: CountedSteps) -> None:
-            nonlocal grad, cotangent
-            of_x, cotangent = steps.vjp(cotangent)
-            grad = grad + of_x
-
-        tape.back(adjoint)
-        truncated = _tree.length(cotangent) / (upper_y or 1.0) if self._constant_steps else None
-        return y, float(upper), grad, first, truncated
+        of_x, left = tape.back(cotangent)
+        truncated = _tree.length(left) / (_tree.length(cotangent) or 1.0)
+        return y, float(upper), grad + of_x, first, truncated
 
     def _forward(self, oracle: Oracle, x: Tensor, y: Tensor) -> _Differentiated:
         """The same, with $dy_t/dx$ carried along: its transpose, shape (m, n)."""

@@ -47,15 +47,17 @@ class LinearSolver(ABC):
 
 @dataclass(frozen=True)
 class Product:
-    """A product with vectors whose columns can be had at once, which `Dense` makes use of.
+    """A product with vectors, and what is known of it beside that.
 
     Attributes:
         matvec: The product with a vector of shape (n,).
-        columns: Makes the matrix, shape (n, n).
+        columns: Makes the matrix, shape (n, n), for `Dense`; None where that is too large to be had at once.
+        measure: The product with what may be the solution: the same numbers, which the caller can keep.
     """
 
     matvec: Callable[[Tree], Tree]
-    columns: Callable[[], Tensor]
+    columns: Callable[[], Tensor] | None
+    measure: Callable[[Tree], Tree]
 
     def __call__(self, v: Tree) -> Tree:
         return self.matvec(v)
@@ -67,12 +69,14 @@ class System:
 
     Attributes:
         matvec: The product with a vector of shape (n,).
+        measure: The same, with what may be the solution.
         b: The right-hand side, shape (n,).
         v0: The start, shape (n,), or None.
         restore: Puts a vector back into a tree like the given right-hand side.
     """
 
     matvec: Callable[[Tensor], Tensor]
+    measure: Callable[[Tensor], Tensor]
     b: Tensor
     v0: Tensor | None
     restore: Callable[[Tensor], Tree]
@@ -83,25 +87,28 @@ def system(matvec: Callable[[Tree], Tree], b: Tree, v0: Tree | None) -> System:
     vector, unravel = _tree.ravel(b)
     dtype, n = vector.dtype, vector.numel()
 
-    def product(v: Tensor) -> Tensor:
-        image = _tree.ravel(matvec(unravel(v)))[0].detach()
-        if image.numel() != n:
-            raise StructureError(
-                f"`matvec(v)` must be like `b`, which has {n} entries. Got {image.numel()}. "
-                "Return the product with a square matrix."
-            )
-        return image if image.dtype == dtype else image.to(dtype)
+    def checked(matvec: Callable[[Tree], Tree]) -> Callable[[Tensor], Tensor]:
+        def product(v: Tensor) -> Tensor:
+            image = _tree.ravel(matvec(unravel(v)))[0].detach()
+            if image.numel() != n:
+                raise StructureError(
+                    f"`matvec(v)` must be like `b`, which has {n} entries. Got {image.numel()}. "
+                    "Return the product with a square matrix."
+                )
+            return image if image.dtype == dtype else image.to(dtype)
+
+        return product
 
     start = None
     if v0 is not None:
         _tree.check_like(v0, b, "v0")
         start = _tree.ravel(v0)[0].detach().clone()
-    return System(product, vector.detach(), start, unravel)
+    known = matvec if isinstance(matvec, Product) else Product(matvec, None, matvec)
+    return System(checked(known.matvec), checked(known.measure), vector.detach(), start, unravel)
 
 
-def trivial(b: Tensor) -> Tensor | None:
-    """The answer where b is zero, or holds NaN or infinities; None where there is something to solve."""
-    size = float(_tree.norm(b))
+def trivial(b: Tensor, size: float) -> Tensor | None:
+    """The answer where b, of length `size`, is zero or not finite; None where there is something to solve."""
     return b * size if size == 0.0 or not math.isfinite(size) else None
 
 
@@ -126,10 +133,11 @@ def refined(
         The last iterate that improved, shape (n,).
     """
     A, b = equation.matvec, equation.b
-    known = trivial(b)
+    size = _tree.length(b)
+    known = trivial(b, size)
     if known is not None:
         return known
-    target = max(rtol, torch.finfo(b.dtype).eps) * float(_tree.norm(b))
+    target = max(rtol, torch.finfo(b.dtype).eps) * size
     left = 10 * b.numel() if max_steps is None else max_steps
     v, r = torch.zeros_like(b), b
     if equation.v0 is not None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel._tree import norm
+from bilevel._tree import length
 from bilevel._types import Tree
 from bilevel.linear._base import LinearSolver, System, check_limits, system, trivial
 
@@ -77,10 +77,10 @@ def conjugate_gradients(
         The last iterate, shape (n,).
     """
     A, b, left = equation.matvec, equation.b, max_steps
-    known = trivial(b)
+    size = length(b)
+    known = trivial(b, size)
     if known is not None:
         return known
-    size = float(norm(b))
     eps = torch.finfo(b.dtype).eps
     target = max(rtol * size, atol, eps * size)
 
@@ -90,7 +90,7 @@ def conjugate_gradients(
             rr = float(torch.dot(r, r))
             return r, rr, math.sqrt(rr)
         z = precondition(r)
-        return z, float(torch.dot(r, z)), float(norm(r))
+        return z, float(torch.dot(r, z)), length(r)
 
     if equation.v0 is None:
         v, r = torch.zeros_like(b), b
@@ -110,11 +110,13 @@ def conjugate_gradients(
         r = torch.sub(r, Ap, alpha=step)
         rz_before = rz
         z, rz, residual = measured(r)
-        p = torch.add(z, p, alpha=rz / rz_before)
-        if residual > target or target > math.sqrt(eps) * size or left == 0:
+        if residual > target:
+            p = torch.add(z, p, alpha=rz / rz_before)
             continue
+        if target > math.sqrt(eps) * size or left == 0:
+            break
         # The recursion claims convergence below what its rounding errors may amount to.
-        r, left = b - A(v), left - 1
+        r, left = b - equation.measure(v), left - 1
         z, rz, residual = measured(r)
         p = z
         if residual > 0.5 * least:  # no better than at the claim before

@@ -32,7 +32,7 @@ class Dense(LinearSolver):
         """See `LinearSolver.solve`; `v0` is not needed."""
         equation = system(matvec, b, None)
         n = equation.b.numel()
-        if isinstance(matvec, Product):
+        if isinstance(matvec, Product) and matvec.columns is not None:
             matrix = matvec.columns()
         else:
             identity = torch.eye(n, dtype=equation.b.dtype, device=equation.b.device)

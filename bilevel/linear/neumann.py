@@ -63,10 +63,10 @@ class Neumann(LinearSolver):
 
     def _solve(self, equation: System) -> Tensor:
         A, b = equation.matvec, equation.b
-        known = trivial(b)
+        size = float(norm(b))
+        known = trivial(b, size)
         if known is not None:
             return known
-        size = float(norm(b))
         step = 1.0 / _spectral_norm(A, b) if self.step_size is None else self.step_size
         v = torch.zeros_like(b) if equation.v0 is None else equation.v0
         r = b if equation.v0 is None else b - A(v)

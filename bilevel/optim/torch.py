@@ -219,9 +219,9 @@ def _descended(
 
     What `torch.optim` does around them takes as long as the gradient of a small problem.
     """
-    with torch.no_grad():
-        if not momentum:
-            return torch.add(leaf, grad, alpha=-lr), {}
-        before = slot.get("momentum_buffer")
-        velocity = grad.clone() if before is None else before.mul(momentum).add_(grad)
-        return torch.add(leaf, velocity, alpha=-lr), {"momentum_buffer": velocity}
+    leaf, grad = leaf.detach(), grad.detach()
+    if not momentum:
+        return torch.add(leaf, grad, alpha=-lr), {}
+    before = slot.get("momentum_buffer")
+    velocity = grad.clone() if before is None else before.mul(momentum).add_(grad)
+    return torch.add(leaf, velocity, alpha=-lr), {"momentum_buffer": velocity}

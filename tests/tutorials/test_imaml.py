@@ -43,7 +43,9 @@ def test_hypergradient_agrees_with_central_differences(
     grad = imaml.estimate(x, tasks, 1.0).grad
     # A step that is the same for all classes would change nothing: the softmax does not see it.
     step = 1e-4 * torch.randn(x["head"].shape, generator=generator).double()
-    ends = [imaml.estimate({**x, "head": x["head"] + s * step}, tasks, 1.0).value for s in (1.0, -1.0)]
+    ends = [
+        imaml.estimate({**x, "head": x["head"] + s * step}, tasks, 1.0).value for s in (1.0, -1.0)
+    ]
     assert float((grad["head"] * step).sum()) == pytest.approx((ends[0] - ends[1]) / 2.0, rel=1e-4)
 
 
