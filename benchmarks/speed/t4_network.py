@@ -17,7 +17,7 @@ from speed.race import FLOOR, OURS, Contender, Result, Rules, answers, cold, meb
 from speed.work import Answer, Hypergradient, Work, relative_error
 
 WIDTHS = (64, 968, 968, 10)  # 1,010,602 parameters
-SAMPLES = 64  # on each level
+SAMPLES = 32  # on each level
 STEPS = (10, 50, 100)
 ALL = 2**40  # bytes: room for the graphs of all steps
 COMPILED = 10  # steps up to which torch compiles, whose graph grows with each, and JAX takes part
