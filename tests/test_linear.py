@@ -519,11 +519,26 @@ def test_nystrom_has_no_seed_of_its_own() -> None:
 def test_dense_takes_columns_that_are_there_at_once() -> None:
     A, b = spd(6, 10.0), rhs(6)
     counted = Counted(A)
-    found = Dense().solve(Product(counted, lambda: A), b)
+    product = Product(counted, lambda: A, counted)
+    found = Dense().solve(product, b)
     torch.testing.assert_close(found, torch.linalg.solve(A, b))
     assert counted.calls == 0
-    CG().solve(Product(counted, lambda: A), b)
+    CG().solve(product, b)
     assert counted.calls > 0
+
+
+def test_cg_checks_a_tight_tolerance_by_the_product_that_is_kept() -> None:
+    A, b = spd(6, 10.0), rhs(6)
+    measured: list[torch.Tensor] = []
+
+    def measure(v: torch.Tensor) -> torch.Tensor:
+        measured.append(v)
+        return A @ v
+
+    CG(rtol=1e-3).solve(Product(lambda v: A @ v, None, measure), b)
+    assert measured == []
+    found = CG(rtol=1e-10).solve(Product(lambda v: A @ v, None, measure), b)
+    assert measured[-1] is found
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=str)
