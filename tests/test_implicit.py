@@ -58,6 +58,25 @@ def test_truncated_neumann_says_that_the_system_is_not_solved() -> None:
     assert estimate.info["linear_residual"] > 1e-3
 
 
+@pytest.mark.parametrize("linear", [Neumann(3), CG(max_steps=2), MINRES(max_steps=2)], ids=str)
+def test_short_linear_solver_goes_on_from_the_last_estimate(linear: LinearSolver) -> None:
+    case = quadratic(3, 6, 10.0)
+    method = bl.Implicit(linear)
+    first = method.estimate(case.problem, case.x0, case.y0)
+    again = method.estimate(case.problem, case.x0, case.y0, memory=first.memory)
+    assert again.info["linear_residual"] < 0.9 * first.info["linear_residual"]
+
+
+def test_conjugate_gradients_for_few_unknowns_start_anew() -> None:
+    case = quadratic(3, 2, 10.0)
+    method = bl.Implicit(CG(rtol=1e-6))
+    first = method.estimate(case.problem, case.x0, case.y0)
+    v = first.memory["v"]
+    again = method.estimate(case.problem, case.x0, case.y0, memory={**first.memory, "v": v + 1.0})
+    torch.testing.assert_close(again.grad, first.grad, rtol=1e-9, atol=0.0)
+    assert again.evaluations.hvp <= first.evaluations.hvp
+
+
 def test_unsolved_lower_problem_is_said_with_its_residual() -> None:
     case = quadratic()
     method = bl.Implicit(minimizer=sgd(1e-3, max_steps=3))

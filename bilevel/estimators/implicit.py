@@ -30,7 +30,7 @@ from bilevel.linear import CG, GMRES, Dense, LinearSolver
 from bilevel.optim import Minimizer, Newton
 
 _AT_ONCE = 256  # variables up to which the columns of the Hessian may take memory together, as for Newton's method
-_FEW = 8  # unknowns: so many products solve any system, and a start that is not exact saves fewer than the one it costs
+_FEW = 8  # unknowns, for which a start that is not exact saves fewer products than the one it costs
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class Implicit(Estimator):
         gradient = lower.linearized(solved.point)
         hessian = LowerHessian(gradient)
         product = hessian.product(has_columns=y.numel() <= _AT_ONCE)
-        v = linear.solve(product, upper_y, warm.get("v") if y.numel() > _FEW else None)
+        v = linear.solve(product, upper_y, None if _solves_at_once(linear, y) else warm.get("v"))
         size = _tree.length(upper_y)
         mixed, image = hessian.products(v)
         residual = _tree.length(image - upper_y) / (size or 1.0)
@@ -213,3 +213,11 @@ class Implicit(Estimator):
             memory={"v": v, "scale": scale, "lower_hessian": lower.lower_hessian},
             evaluations=oracle.evaluations,
         )
+
+
+def _solves_at_once(linear: LinearSolver, y: Tensor) -> bool:
+    """Whether conjugate gradients may take as many products as there are unknowns, and those are few."""
+    n = y.numel()
+    return (
+        n <= _FEW and isinstance(linear, CG) and (linear.max_steps is None or linear.max_steps > n)
+    )
