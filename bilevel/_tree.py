@@ -118,14 +118,20 @@ def norms(*trees: Tree) -> list[Tensor]:
 
 
 def length(tree: Tree) -> float:
-    """The Euclidean norm over all leaves, as a number."""
+    """The Euclidean norm over all leaves, as a number, whose squares may under- or overflow in the dtype."""
     if isinstance(tree, Tensor) and tree.dim() == 1 and tree.dtype in _WIDE:
-        square = float(torch.dot(tree, tree))
-        if (
-            _SMALL < square < math.inf
-        ):  # half of the time of a norm, which neither under- nor overflows
+        square = float(torch.dot(tree, tree))  # half of the time of a norm
+        if _SMALL < square < math.inf:
             return math.sqrt(square)
-    return float(norm(tree))
+    found = float(norm(tree))
+    if math.sqrt(_SMALL) < found < math.inf:
+        return found
+    parts = [leaf.detach() for leaf in leaves(tree) if leaf.numel()]
+    peaks = [float(leaf.abs().max()) for leaf in parts]
+    if not (math.isfinite(sum(peaks)) and any(peaks)):
+        return sum(peaks)  # zero, infinite or NaN
+    largest = max(peaks)
+    return largest * float(norm([leaf / largest for leaf in parts]))
 
 
 def rms(tree: Tree) -> float:

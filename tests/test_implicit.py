@@ -242,3 +242,14 @@ def test_problem_that_was_only_certified_is_checked_by_its_first_hypergradient()
     bl.certify(problem, x, y)
     with pytest.raises(bl.ObjectiveError, match="no dependence on `y0\\['b'\\]`"):
         bl.hypergradient(problem, x, y, bl.Unrolled(3))
+
+
+@pytest.mark.parametrize("unit", [1e-30, 1e-20, 1.0, 1e20, 1e30])
+def test_hypergradient_in_float32_knows_no_unit(unit: float) -> None:
+    problem = bl.BilevelProblem(
+        upper=lambda x, y, data: unit * ((y - 1.0) ** 2).sum(),
+        lower=lambda x, y, data: unit * ((y - 2.0 * x) ** 2).sum(),
+    )
+    found = bl.hypergradient(problem, torch.ones(3), torch.zeros(3), bl.Implicit())
+    assert found.status is bl.Status.CONVERGED
+    torch.testing.assert_close(found.grad / unit, torch.full((3,), 4.0))

@@ -1,3 +1,4 @@
+import math
 from collections import OrderedDict
 from typing import Any
 
@@ -192,3 +193,24 @@ def test_unlike_containers_say_the_rule(tree: Any, reference: Any, message: str)
 def test_good_variable_passes(tree: Any) -> None:
     _tree.check_variable(tree, "x0")
     _tree.check_like(tree, _tree.detach(tree), "x0")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [6e-5, 1.0, 6e3])
+def test_length_of_numbers_whose_squares_do_not_fit(dtype: torch.dtype, scale: float) -> None:
+    power = 1 if dtype is torch.float16 else 8 if scale != 1.0 else 1
+    entry = scale**power  # 1e-34 to 1e30 in float32
+    for tree in (
+        torch.tensor([3.0, 4.0], dtype=torch.float64).mul(entry).to(dtype),
+        [torch.full((1, 3), entry, dtype=dtype), torch.full((22,), entry, dtype=dtype)],
+    ):
+        assert _tree.length(tree) == pytest.approx(5.0 * entry, rel=2e-3)
+
+
+def test_length_of_zeros_and_of_what_is_not_finite() -> None:
+    empty = torch.zeros(0)
+    assert _tree.length(torch.zeros(3)) == 0.0
+    assert _tree.length([empty, torch.zeros(2)]) == 0.0
+    assert _tree.length(torch.tensor([1.0, math.inf])) == math.inf
+    assert math.isnan(_tree.length(torch.tensor([1.0, math.nan, 2.0])))
+    assert math.isnan(_tree.length([torch.tensor([math.nan]), torch.ones(2, 2)]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from torch import Tensor
 from bilevel._tree import length
 from bilevel._types import Tree
 from bilevel.linear._base import LinearSolver, System, check_limits, system, trivial
+
+_SMALL = 1e-10
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,11 @@ def conjugate_gradients(
     known = trivial(b, size)
     if known is not None:
         return known
+    if not _SMALL < size < 1.0 / _SMALL:  # products of such numbers under- or overflow in float32
+        unit = 2.0 ** math.frexp(size)[1]  # changes no digit
+        v0 = None if equation.v0 is None else equation.v0 / unit
+        scaled = replace(equation, b=b / unit, v0=v0)
+        return unit * conjugate_gradients(scaled, rtol, atol / unit, max_steps, precondition)
     eps = torch.finfo(b.dtype).eps
     target = max(rtol * size, atol, eps * size)
 
