@@ -19,8 +19,8 @@ from bilevel._types import Tree
 
 linalg: Any = torch.linalg  # its stubs are untyped
 kernels: Any = torch  # for lists of tensors, which its stubs leave out
-_WIDE = (torch.float32, torch.float64)  # the dtypes of vectors
-_SMALL = 1e-30  # squares from here on keep their digits in float32
+# The dtypes of vectors, and the sums of squares from which on they keep their digits in them.
+_WIDE = {torch.float32: 1e-30, torch.float64: 1e-290}
 
 
 def leaves(tree: Tree) -> list[Tensor]:
@@ -120,18 +120,22 @@ def norms(*trees: Tree) -> list[Tensor]:
 def length(tree: Tree) -> float:
     """The Euclidean norm over all leaves, as a number, whose squares may under- or overflow in the dtype."""
     if isinstance(tree, Tensor) and tree.dim() == 1 and tree.dtype in _WIDE:
-        square = float(torch.dot(tree, tree))  # half of the time of a norm
-        if _SMALL < square < math.inf:
-            return math.sqrt(square)
-    found = float(norm(tree))
-    if math.sqrt(_SMALL) < found < math.inf:
-        return found
-    parts = [leaf.detach() for leaf in leaves(tree) if leaf.numel()]
-    peaks = [float(leaf.abs().max()) for leaf in parts]
+        square, least = (
+            float(torch.dot(tree, tree)),
+            _WIDE[tree.dtype],
+        )  # half of the time of a norm
+    else:
+        found = float(norm(tree))
+        square, least = found * found, _WIDE[torch.float32]
+    return math.sqrt(square) if least < square < math.inf else _scaled_length(leaves(tree))
+
+
+def _scaled_length(parts: list[Tensor]) -> float:
+    peaks = [float(leaf.detach().abs().max()) for leaf in parts if leaf.numel()]
     if not (math.isfinite(sum(peaks)) and any(peaks)):
         return sum(peaks)  # zero, infinite or NaN
     largest = max(peaks)
-    return largest * float(norm([leaf / largest for leaf in parts]))
+    return largest * float(norm([leaf.detach() / largest for leaf in parts]))
 
 
 def rms(tree: Tree) -> float:

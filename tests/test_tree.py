@@ -211,6 +211,7 @@ def test_length_of_zeros_and_of_what_is_not_finite() -> None:
     empty = torch.zeros(0)
     assert _tree.length(torch.zeros(3)) == 0.0
     assert _tree.length([empty, torch.zeros(2)]) == 0.0
+    assert _tree.length([torch.full((2, 2), 1e200, dtype=torch.float64)]) == 2e200
     assert _tree.length(torch.tensor([1.0, math.inf])) == math.inf
     assert math.isnan(_tree.length(torch.tensor([1.0, math.nan, 2.0])))
     assert math.isnan(_tree.length([torch.tensor([math.nan]), torch.ones(2, 2)]))
