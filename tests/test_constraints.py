@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 import bilevel as bl
+from bilevel._oracle import Oracle
 from bilevel.solvers import _full_batch, _walls
+from bilevel.solvers._kkt_form import KKTForm
 
 
 def vector(*entries: float) -> Tensor:
@@ -333,6 +335,24 @@ def test_y_in_the_wrong_basin_is_left() -> None:
     assert solution.certificate.value_gap < 1e-5
     assert float(solution.x) <= 1e-5  # y near 1 is the deeper well for x <= 0 alone
     torch.testing.assert_close(solution.y, vector(1.0), rtol=0.0, atol=1e-2)
+
+
+@pytest.mark.parametrize(("beyond", "holds"), [(0.0, True), (1e-9, False)])
+def test_answer_beyond_a_constraint_at_a_pole_of_the_upper_objective_does_not_hold(
+    beyond: float, holds: bool
+) -> None:
+    """F = 1 / x^3 has its pole where x >= 0 ends, and is -1e27 within the tolerance of a violation."""
+    problem = bl.BilevelProblem(
+        upper=lambda x, y, data: (x**-3 + y**2).sum(),
+        lower=lambda x, y, data: ((y - x) ** 2).sum(),
+        upper_constraint=lambda x, y, data: -x,
+    )
+    oracle = Oracle(problem)
+    one = torch.ones(1, dtype=torch.float64)
+    form = KKTForm(problem, _walls.measure(oracle, one, one))
+    x = one if holds else -beyond * one
+    answer, _ = _full_batch._judged(oracle, form, form.start(x, x), [])
+    assert answer.holds is holds
 
 
 def test_better_is_what_holds_and_then_what_is_lower() -> None:

@@ -50,7 +50,7 @@ _AROUND = (0.3, 1.0, 1.0, 3.0)  # distances of the starts of the search for a be
 _ROUNDS = 6  # cuts at most from one start
 _CUTS = 6  # kept at most, the newest
 _ENDED_WITH_AN_ANSWER = (Status.CONVERGED, Status.LOWER_UNSOLVED, Status.STALLED)
-_UNBOUNDED = 1e8  # growth of |x| at which a minimum is not believed to exist
+_UNBOUNDED = 1e8  # growth of |x|, or of F, at which a minimum is not believed to exist
 _POLISH = 1e-2  # of the size of y: how far the solution of the last stage may be from the lower one
 _APART = 1e-3  # of the size of y: how far another basin is
 _TIE = 1e-9  # in units of f: by how much the minimum there may be lower
@@ -274,5 +274,10 @@ def _judged(
     gap = max(0.0, drop - form.noise(lower, y.dtype)) if known else math.inf
     is_other = _tree.length(where - y) > _APART * size * math.sqrt(y.numel())
     overtaken = is_other and gap > _TIE
-    answer = Answer(x, y, float(oracle.upper(x, y)), lower, gap, form.violation(x, y), overtaken)
+    upper, violation = float(oracle.upper(x, y)), form.violation(x, y)
+    if violation > 0.0 and abs(upper) > _UNBOUNDED * form.upper_unit:
+        violation = (
+            math.inf
+        )  # at a pole that stands on the constraint, of which rounding shows the other side
+    answer = Answer(x, y, upper, lower, gap, violation, overtaken)
     return answer, where if (overtaken or gap > _GAP) and gap < math.inf else None

@@ -78,6 +78,11 @@ class KKTForm:
         known = self._problem.domain is None or isinstance(self._problem.domain, Box)
         return known and sum(part.numel() for part in self.start(x, y)) <= _LARGE
 
+    @property
+    def upper_unit(self) -> float:
+        """What F is measured in."""
+        return self._units.upper
+
     def noise(self, lower: float, dtype: torch.dtype) -> float:
         """The rounding error of a difference of values of f near `lower`, in units of f."""
         return rounding(lower, dtype) / self._units.lower
