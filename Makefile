@@ -82,7 +82,7 @@ fmt: $(STAMP)  ## Format the code, mend what ruff can mend
 	$(RUN) -m ruff format
 
 PEERS ?= .venv-peers
-bench: $(STAMP)  ## Time the library against hand-written torch and its peers, write docs/benchmarks.md (about 25 minutes)
+bench: $(STAMP)  ## Time the library against hand-written torch and its peers, write docs/benchmarks.md (about 15 minutes)
 	$(RUN) benchmarks/bench.py --peers $(PEERS)
 
 # Without what they depend on: they run with the torch of .venv, and one of them asks for an older Python.

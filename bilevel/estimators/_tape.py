@@ -32,7 +32,7 @@ class Tape:
         self, oracle: Oracle, x: Tensor, y: Tree, lr: float, steps: int, memory: int
     ) -> None:
         self._oracle, self._x, self._lr, self._steps, self._memory = oracle, x, lr, steps, memory
-        self._taken = 0
+        self._taken, self.first = 0, 0.0
         self._y = y  # where the graph begins, or the next step where there is none
         self._graph: CountedSteps | None = None  # of the last steps
         self._iterates: list[Tree] = []  # of the others, every so many
