@@ -342,3 +342,38 @@ def test_torch_that_cannot_leave_out_guards_gives_the_same_gradient(
     eager = method.estimate(problem, x, y).grad
     one = replace(method, compile=True).estimate(problem, x, y).grad
     torch.testing.assert_close(one, eager, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("unit", [1e-25, 1e-20, 1.0, 1e18])
+@pytest.mark.parametrize(
+    "method",
+    [
+        bl.Implicit(bl.linear.Dense(), bl.optim.Newton(max_steps=3), compile=True),
+        bl.Implicit(bl.linear.CG(max_steps=4), bl.optim.Newton(max_steps=3), compile=True),
+    ],
+    ids=["Dense", "CG"],
+)
+def test_fixed_program_in_float32_knows_no_unit(method: bl.Implicit, unit: float) -> None:
+    """The program itself, not compiled, which changes no operation of it."""
+    problem = bl.BilevelProblem(
+        upper=lambda x, y, data: unit * ((y - 1.0) ** 2).sum(),
+        lower=lambda x, y, data: unit * ((y - 2.0 * x) ** 2).sum(),
+    )
+    x, y = torch.ones(3), torch.zeros(3)
+    found = method.fused.program(problem)(x, y, None, None, None)
+    estimate = method.fused.estimate(found, found[-1].tolist(), is_warm=False, memory=None)
+    assert estimate.status is bl.Status.CONVERGED
+    torch.testing.assert_close(estimate.grad / unit, torch.full((3,), 4.0))
+
+
+def test_fixed_unrolling_in_float32_knows_no_unit() -> None:
+    unit = 1e-25
+    problem = bl.BilevelProblem(
+        upper=lambda x, y, data: unit * ((y - 1.0) ** 2).sum(),
+        lower=lambda x, y, data: unit * ((y - 2.0 * x) ** 2).sum(),
+    )
+    method = bl.Unrolled(60, lr=0.2 / unit, compile=True)
+    found = method.fused.program(problem)(torch.ones(3), torch.zeros(3), None, None, None)
+    estimate = method.fused.estimate(found, found[-1].tolist(), is_warm=False, memory=None)
+    assert estimate.status is bl.Status.CONVERGED
+    torch.testing.assert_close(estimate.grad / unit, torch.full((3,), 4.0))

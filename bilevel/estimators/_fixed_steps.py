@@ -29,5 +29,8 @@ class FixedSteps(ABC):
 
 
 def length(vector: Tensor) -> Tensor:
-    """The Euclidean norm, whose derivative nobody asks for."""
-    return torch.sqrt(torch.sum(vector * vector))
+    """The Euclidean norm, whose derivative nobody asks for; the squares of its entries need not fit into the dtype."""
+    peak = vector.abs().amax()
+    unit = torch.where(peak > 0.0, peak, 1.0)
+    part = vector / unit
+    return unit * torch.sqrt(torch.sum(part * part))

@@ -149,8 +149,8 @@ class FusedUnrolled(Fused):
             (grad, cotangent), F = func.grad_and_value(upper, argnums=(0, 1))(x, y)
             upper_y = length(cotangent)
             for pull in reversed(pulls):  # the adjoint of one step
-                mixed, product = pull(cotangent)
-                grad, cotangent = grad - self.lr * mixed, cotangent - self.lr * product
+                mixed, product = pull(self.lr * cotangent)
+                grad, cotangent = grad - mixed, cotangent - product
             last, f = func.grad_and_value(lower, argnums=1)(x, y)
             parts = [F, f, length(last), first, length(cotangent), upper_y, length(grad)]
             return grad, y, cotangent, torch.stack([part.to(y.dtype) for part in parts])
@@ -215,12 +215,13 @@ def _conjugate_gradients(
     A: Callable[[Tensor], Tensor], b: Tensor, v0: Tensor | None, linear: CG
 ) -> Tensor:
     """All steps are made; those after convergence, or after a curvature that is not positive, have length zero."""
-    v = torch.zeros_like(b) if v0 is None else v0
-    r = b if v0 is None else b - A(v0)
-    bb = torch.sum(b * b)
+    size = length(b)
+    unit = torch.where(size > 0.0, size, 1.0)  # in which squares neither under- nor overflow
+    v = torch.zeros_like(b) if v0 is None else v0 / unit
+    r = b / unit if v0 is None else b / unit - A(v)
     rr = torch.sum(r * r)
     relative = max(linear.rtol, torch.finfo(b.dtype).eps)
-    target = torch.clamp(relative**2 * bb, min=linear.atol**2)
+    target = torch.clamp(linear.atol / unit, min=relative) ** 2
     p = r
     for _ in range(_products(linear, b.numel())):
         Ap = A(p)
@@ -231,7 +232,7 @@ def _conjugate_gradients(
         r = r - step * Ap
         before, rr = rr, torch.sum(r * r)
         p = torch.where(goes, r + (rr / before) * p, p)
-    return v
+    return unit * v
 
 
 def _products(linear: CG, n: int) -> int:
