@@ -126,11 +126,7 @@ class LinearizedMap:
             return blocks
         wrt = [self._tracked[i] for i in used]
         identity = torch.eye(count, dtype=self.value.dtype, device=self.value.device)
-        try:
-            columns = batched_grad(self._output, wrt, identity)
-        except RuntimeError:  # an operator without a batching rule: one row at a time
-            rows = [grad(self._output, wrt, row, retain_graph=True) for row in identity]
-            columns = [torch.stack(column) for column in zip(*rows, strict=True)]
+        columns = batched_grad(self._output, wrt, identity)
         for i, column in zip(used, columns, strict=True):
             if column.dim() == 2:  # where fun ignores a vector, torch answers with one row for all
                 blocks[i] = column.to(self.value)
@@ -175,10 +171,7 @@ class LinearizedGradient:
         identity = torch.eye(n, dtype=self._y.dtype, device=self._y.device)
         if not self._grad.requires_grad:
             return torch.zeros_like(identity)
-        try:
-            (rows,) = batched_grad(self._grad, (self._y,), identity)
-        except RuntimeError:  # an operator without a batching rule: one product at a time
-            rows = torch.stack([self.hvp(row) for row in identity])
+        (rows,) = batched_grad(self._grad, (self._y,), identity)
         if rows.dim() < 2:  # a constant gradient: torch answers with one row of zeros for all
             return torch.zeros_like(identity)
         # torch leaves a batch of products in the dtype of the output, where y has another

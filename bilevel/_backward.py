@@ -103,19 +103,28 @@ def grad_of_one(
 
 
 def batched_grad(output: Tensor, inputs: Sequence[Tensor], cotangents: Tensor) -> list[Tensor]:
-    """The same for each row of `cotangents`, shape (k, *output.shape), in one batch; the graph stays.
+    """The same for each row of `cotangents`, shape (k, *output.shape); the graph stays.
 
-    Where `output` ignores an input, its zeros have the shape of the input, without a batch.
-
-    Raises:
-        RuntimeError: An operator has no batching rule.
+    In one batch, where all zeros of an input that `output` ignores are one row, or one by one where an operator has no
+    rule for batches.
     """
     if not output.requires_grad:
         return [torch.zeros_like(leaf) for leaf in inputs]
-    found: Found = torch.autograd.grad(
-        output, inputs, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=True
-    )
-    return filled(inputs, found)
+    if not torch.is_anomaly_enabled():  # which would report the operator as the source of an error
+        try:
+            found: Found = torch.autograd.grad(
+                output,
+                inputs,
+                cotangents,
+                retain_graph=True,
+                allow_unused=True,
+                is_grads_batched=True,
+            )
+            return filled(inputs, found)
+        except RuntimeError:
+            pass
+    rows = [grad(output, inputs, row, retain_graph=True) for row in cotangents]
+    return [torch.stack(column) for column in zip(*rows, strict=True)]
 
 
 def filled(inputs: Sequence[Tensor], found: Found) -> list[Tensor]:

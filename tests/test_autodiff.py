@@ -200,3 +200,13 @@ def test_derivatives_are_those_of_torch_autograd_grad_bit_for_bit() -> None:
     assert all(map(torch.equal, linear.products(v), products))
     assert torch.equal(linear.hvp(v), products[1])
     assert torch.equal(linear.mixed_vjp(v), products[0])
+
+
+def test_anomaly_mode_reports_no_error_where_there_is_none(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    x, y = point()
+    with torch.autograd.set_detect_anomaly(True):
+        hessian = LinearizedGradient(quartic, x, y).hessian()
+    torch.testing.assert_close(hessian, LinearizedGradient(quartic, x, y).hessian())
+    assert not [w for w in recwarn if "Error detected" in str(w.message)]
