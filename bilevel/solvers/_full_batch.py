@@ -275,9 +275,9 @@ def _judged(
     is_other = _tree.length(where - y) > _APART * size * math.sqrt(y.numel())
     overtaken = is_other and gap > _TIE
     upper, violation = float(oracle.upper(x, y)), form.violation(x, y)
-    if violation > 0.0 and abs(upper) > _UNBOUNDED * form.upper_unit:
-        violation = (
-            math.inf
-        )  # at a pole that stands on the constraint, of which rounding shows the other side
+    square = 1.0 + float(x @ x) + float(y @ y)
+    if violation > 0.0 and abs(upper) > _UNBOUNDED * form.upper_unit * square:
+        # at a pole that stands on the constraint, of which rounding shows the other side
+        violation = math.inf
     answer = Answer(x, y, upper, lower, gap, violation, overtaken)
     return answer, where if (overtaken or gap > _GAP) and gap < math.inf else None
