@@ -550,3 +550,11 @@ def test_product_that_is_zero_leaves_a_finite_answer(solver: LinearSolver) -> No
 def test_gmres_stops_before_a_product_that_is_not_finite() -> None:
     b = torch.tensor([1.0, 2.0]).double()
     assert torch.equal(GMRES().solve(lambda v: math.inf * v, b), torch.zeros_like(b))
+
+
+@pytest.mark.parametrize(
+    ("factor", "b"),
+    [(1.0, torch.tensor([1.6e308], dtype=torch.float64)), (1e-39, torch.full((2,), 1e-20))],
+)
+def test_cg_raises_nothing_at_the_ends_of_the_range(factor: float, b: torch.Tensor) -> None:
+    CG().solve(lambda v: v * factor, b)

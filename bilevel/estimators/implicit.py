@@ -30,7 +30,8 @@ from bilevel.linear import CG, GMRES, Dense, LinearSolver
 from bilevel.optim import Minimizer, Newton
 
 _AT_ONCE = 256  # variables up to which the columns of the Hessian may take memory together, as for Newton's method
-_FEW = 8  # unknowns, for which a start that is not exact saves fewer products than the one it costs
+_FEW = 8  # unknowns, for which a warm start saves fewer products than the one it costs
+_EXACT = 1e-6  # relative residual from which on that is so
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,7 @@ class Implicit(Estimator):
 
 
 def _solves_at_once(linear: LinearSolver, y: Tensor) -> bool:
-    """Whether conjugate gradients may take as many products as there are unknowns, and those are few."""
+    """Whether conjugate gradients take about as many products as there are unknowns, and those are few."""
     n = y.numel()
     return (
         n <= _FEW and isinstance(linear, CG) and (linear.max_steps is None or linear.max_steps > n)

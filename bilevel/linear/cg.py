@@ -84,7 +84,8 @@ def conjugate_gradients(
     if known is not None:
         return known
     if not _SMALL < size < 1.0 / _SMALL:  # products of such numbers under- or overflow in float32
-        unit = 2.0 ** math.frexp(size)[1]  # changes no digit
+        largest = math.frexp(torch.finfo(b.dtype).max)[1] - 2
+        unit = math.ldexp(1.0, min(math.frexp(size)[1], largest))  # changes no digit
         v0 = None if equation.v0 is None else equation.v0 / unit
         scaled = replace(equation, b=b / unit, v0=v0)
         return unit * conjugate_gradients(scaled, rtol, atol / unit, max_steps, precondition)
@@ -113,6 +114,8 @@ def conjugate_gradients(
         if not curvature > 0.0:
             break
         step = rz / curvature
+        if not step < torch.finfo(b.dtype).max:
+            break
         v = torch.add(v, p, alpha=step)
         r = torch.sub(r, Ap, alpha=step)
         rz_before = rz
