@@ -253,3 +253,13 @@ def test_hypergradient_in_float32_knows_no_unit(unit: float) -> None:
     found = bl.hypergradient(problem, torch.ones(3), torch.zeros(3), bl.Implicit())
     assert found.status is bl.Status.CONVERGED
     torch.testing.assert_close(found.grad / unit, torch.full((3,), 4.0))
+
+
+def test_linear_solution_of_another_shape_says_the_rule() -> None:
+    class Twice(LinearSolver):
+        def solve(self, matvec: Any, b: Any, v0: Any = None) -> Any:
+            return torch.stack([b, b])
+
+    case = quadratic()
+    with pytest.raises(bl.StructureError, match=r"linear\.solve"):
+        bl.Implicit(Twice()).estimate(case.problem, case.x0, case.y0)

@@ -182,6 +182,10 @@ class Implicit(Estimator):
         hessian = LowerHessian(gradient)
         product = hessian.product(has_columns=y.numel() <= _AT_ONCE)
         v = linear.solve(product, upper_y, None if _solves_at_once(linear, y) else warm.get("v"))
+        if (
+            v.shape != upper_y.shape
+        ):  # a solver of one's own: the engine would sum up what it can expand
+            _tree.check_like(v, upper_y, "linear.solve(...)")
         size = _tree.length(upper_y)
         mixed, image = hessian.products(v)
         residual = _tree.length(image - upper_y) / (size or 1.0)
