@@ -558,3 +558,14 @@ def test_gmres_stops_before_a_product_that_is_not_finite() -> None:
 )
 def test_cg_raises_nothing_at_the_ends_of_the_range(factor: float, b: torch.Tensor) -> None:
     CG().solve(lambda v: v * factor, b)
+
+
+@pytest.mark.parametrize("unit", [2.0**-90, 2.0**90])
+@pytest.mark.parametrize("solver", SOLVERS, ids=str)
+def test_right_hand_side_in_another_unit_changes_no_digit(
+    solver: LinearSolver, unit: float
+) -> None:
+    """Its squares leave the range of float32."""
+    A, b = spd(6, 10.0).float(), rhs(6).float()
+    found = solver.solve(lambda v: A @ v, unit * b)
+    torch.testing.assert_close(found / unit, solver.solve(lambda v: A @ v, b), rtol=1e-5, atol=0.0)

@@ -15,6 +15,8 @@ from bilevel import _tree
 from bilevel._errors import StructureError, check_count, check_number
 from bilevel._types import Tree
 
+_SAFE = 1e-10  # between it and its inverse the products of two lengths fit into float32
+
 
 class LinearSolver(ABC):
     """Solves `matvec(v) = b`.
@@ -52,12 +54,12 @@ class Product:
     Attributes:
         matvec: The product with a vector of shape (n,).
         columns: Makes the matrix, shape (n, n), for `Dense`; None where that is too large to be had at once.
-        measure: The product with what may be the solution: the same numbers, which the caller can keep.
+        measure: The product with what may be the solution, which the caller keeps; None for `matvec`.
     """
 
     matvec: Callable[[Tree], Tree]
-    columns: Callable[[], Tensor] | None
-    measure: Callable[[Tree], Tree]
+    columns: Callable[[], Tensor] | None = None
+    measure: Callable[[Tree], Tree] | None = None
 
     def __call__(self, v: Tree) -> Tree:
         return self.matvec(v)
@@ -70,22 +72,27 @@ class System:
     Attributes:
         matvec: The product with a vector of shape (n,).
         measure: The same, with what may be the solution.
-        b: The right-hand side, shape (n,).
-        v0: The start, shape (n,), or None.
-        restore: Puts a vector back into a tree like the given right-hand side.
+        b: The right-hand side in its unit, shape (n,).
+        size: The length of `b`.
+        v0: The start in the same unit, shape (n,), or None.
+        unit: A power of two; other than one where the squares of the right-hand side may not fit into float32.
+        restore: Puts a solution back into its unit, and into a tree like the given right-hand side.
     """
 
     matvec: Callable[[Tensor], Tensor]
     measure: Callable[[Tensor], Tensor]
     b: Tensor
+    size: float
     v0: Tensor | None
+    unit: float
     restore: Callable[[Tensor], Tree]
 
 
 def system(matvec: Callable[[Tree], Tree], b: Tree, v0: Tree | None) -> System:
     """The equation over vectors; half-precision products are summed up in float32."""
     vector, unravel = _tree.ravel(b)
-    dtype, n = vector.dtype, vector.numel()
+    vector = vector.detach()
+    dtype, n, size = vector.dtype, vector.numel(), _tree.length(vector)
 
     def checked(matvec: Callable[[Tree], Tree]) -> Callable[[Tensor], Tensor]:
         def product(v: Tensor) -> Tensor:
@@ -103,13 +110,26 @@ def system(matvec: Callable[[Tree], Tree], b: Tree, v0: Tree | None) -> System:
     if v0 is not None:
         _tree.check_like(v0, b, "v0")
         start = _tree.ravel(v0)[0].detach().clone()
-    known = matvec if isinstance(matvec, Product) else Product(matvec, None, matvec)
-    return System(checked(known.matvec), checked(known.measure), vector.detach(), start, unravel)
+    known = matvec if isinstance(matvec, Product) else Product(matvec)
+    products = checked(known.matvec), checked(known.measure or known.matvec)
+    unit = _unit(size, dtype)
+    if unit == 1.0:
+        return System(*products, vector, size, start, unit, unravel)
+    start = None if start is None else start / unit
+    return System(*products, vector / unit, size / unit, start, unit, lambda v: unravel(unit * v))
 
 
-def trivial(b: Tensor, size: float) -> Tensor | None:
-    """The answer where b, of length `size`, is zero or not finite; None where there is something to solve."""
-    return b * size if size == 0.0 or not math.isfinite(size) else None
+def _unit(size: float, dtype: torch.dtype) -> float:
+    if size == 0.0 or not math.isfinite(size) or _SAFE < size < 1.0 / _SAFE:
+        return 1.0
+    largest = math.frexp(torch.finfo(dtype).max)[1] - 2
+    return math.ldexp(1.0, min(math.frexp(size)[1], largest))
+
+
+def trivial(equation: System) -> Tensor | None:
+    """The answer where b is zero or not finite; None where there is something to solve."""
+    size = equation.size
+    return equation.b * size if size == 0.0 or not math.isfinite(size) else None
 
 
 def refined(
@@ -133,11 +153,10 @@ def refined(
         The last iterate that improved, shape (n,).
     """
     A, b = equation.matvec, equation.b
-    size = _tree.length(b)
-    known = trivial(b, size)
+    known = trivial(equation)
     if known is not None:
         return known
-    target = max(rtol, torch.finfo(b.dtype).eps) * size
+    target = max(rtol, torch.finfo(b.dtype).eps) * equation.size
     left = 10 * b.numel() if max_steps is None else max_steps
     v, r = torch.zeros_like(b), b
     if equation.v0 is not None:

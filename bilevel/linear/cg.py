@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,8 +12,6 @@ from torch import Tensor
 from bilevel._tree import length
 from bilevel._types import Tree
 from bilevel.linear._base import LinearSolver, System, check_limits, system, trivial
-
-_SMALL = 1e-10
 
 
 @dataclass(frozen=True)
@@ -79,18 +77,12 @@ def conjugate_gradients(
         The last iterate, shape (n,).
     """
     A, b, left = equation.matvec, equation.b, max_steps
-    size = length(b)
-    known = trivial(b, size)
+    known = trivial(equation)
     if known is not None:
         return known
-    if not _SMALL < size < 1.0 / _SMALL:  # products of such numbers under- or overflow in float32
-        largest = math.frexp(torch.finfo(b.dtype).max)[1] - 2
-        unit = math.ldexp(1.0, min(math.frexp(size)[1], largest))  # changes no digit
-        v0 = None if equation.v0 is None else equation.v0 / unit
-        scaled = replace(equation, b=b / unit, v0=v0)
-        return unit * conjugate_gradients(scaled, rtol, atol / unit, max_steps, precondition)
+    size = equation.size
     eps = torch.finfo(b.dtype).eps
-    target = max(rtol * size, atol, eps * size)
+    target = max(rtol * size, atol / equation.unit, eps * size)
 
     def measured(r: Tensor) -> tuple[Tensor, float, float]:
         """The preconditioned residual z, r . z and |r|."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel._errors import check_count, check_number
-from bilevel._tree import length, norm
+from bilevel._tree import norm
 from bilevel._types import Tree
 from bilevel.linear._base import LinearSolver, System, check_limits, system, trivial
 from bilevel.linear.cg import conjugate_gradients
@@ -77,7 +77,7 @@ class Nystrom(LinearSolver):
 
     def _solve(self, equation: System) -> Tensor:
         b, n = equation.b, equation.b.numel()
-        known = trivial(b, length(b))
+        known = trivial(equation)
         if known is not None:
             return known
         U, eigenvalues = self._approximation(equation)
