@@ -122,14 +122,13 @@ class LinearizedMap:
         count = self._output.numel()
         blocks = [self.value.new_zeros((count, v.numel())) for v in self._tracked]
         used = [i for i, v in enumerate(self._tracked) if v.numel()]
-        if not self._output.requires_grad or count == 0:
+        if count == 0:
             return blocks
         wrt = [self._tracked[i] for i in used]
         identity = torch.eye(count, dtype=self.value.dtype, device=self.value.device)
         columns = batched_grad(self._output, wrt, identity)
         for i, column in zip(used, columns, strict=True):
-            if column.dim() == 2:  # where fun ignores a vector, torch answers with one row for all
-                blocks[i] = column.to(self.value)
+            blocks[i] = column.to(self.value)
         return blocks
 
 
@@ -169,11 +168,7 @@ class LinearizedGradient:
         """The Hessian in y, symmetrized, shape (n, n): n products, in one batch where torch can."""
         n = self._y.numel()
         identity = torch.eye(n, dtype=self._y.dtype, device=self._y.device)
-        if not self._grad.requires_grad:
-            return torch.zeros_like(identity)
         (rows,) = batched_grad(self._grad, (self._y,), identity)
-        if rows.dim() < 2:  # a constant gradient: torch answers with one row of zeros for all
-            return torch.zeros_like(identity)
         # torch leaves a batch of products in the dtype of the output, where y has another
         return 0.5 * (rows + rows.mT).to(identity)
 
@@ -191,8 +186,7 @@ class DescentSteps:
         with recording():
             output = self._fun(self._x, _tree.unflatten_like(self._like, self._last))
             slope = grad(output, self._last, create_graph=True)
-            pairs = zip(self._last, slope, strict=True)
-            self._last = [torch.add(leaf, d, alpha=-self._lr) for leaf, d in pairs]
+            self._last = _tree.stepped_leaves(self._last, slope, self._lr)
         return slope
 
     def reached(self) -> Tree:
@@ -206,7 +200,7 @@ class DescentSteps:
         of_x, *of_y = filled(inputs, found)
         return of_x, _tree.unflatten_like(self._like, of_y)
 
-    def value_and_grad(self, fun: Function) -> tuple[Tensor, Tensor]:
+    def value_and_total_grad(self, fun: Function) -> tuple[Tensor, Tensor]:
         """`fun(x, y)` at the last iterate, and its derivative in x through all steps, once: the graph goes with it."""
         with recording():
             output = fun(self._x, _tree.unflatten_like(self._like, self._last))

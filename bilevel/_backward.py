@@ -103,14 +103,13 @@ def grad_of_one(
 
 
 def batched_grad(output: Tensor, inputs: Sequence[Tensor], cotangents: Tensor) -> list[Tensor]:
-    """The same for each row of `cotangents`, shape (k, *output.shape); the graph stays.
+    """The same for each row of `cotangents`, shape (k, *output.shape), by one batch where torch can; the graph stays.
 
-    In one batch, where all zeros of an input that `output` ignores are one row, or one by one where an operator has no
-    rule for batches.
+    Returns:
+        For each input a tensor of shape (k, *input.shape).
     """
-    if not output.requires_grad:
-        return [torch.zeros_like(leaf) for leaf in inputs]
-    if not torch.is_anomaly_enabled():  # which would report the operator as the source of an error
+    if output.requires_grad and not torch.is_anomaly_enabled():
+        # In anomaly mode torch would tell the user of the error that is caught here.
         try:
             found: Found = torch.autograd.grad(
                 output,
@@ -120,9 +119,10 @@ def batched_grad(output: Tensor, inputs: Sequence[Tensor], cotangents: Tensor) -
                 allow_unused=True,
                 is_grads_batched=True,
             )
-            return filled(inputs, found)
-        except RuntimeError:
+        except RuntimeError:  # an operator without a rule for batches
             pass
+        else:
+            return filled([leaf.expand(len(cotangents), *leaf.shape) for leaf in inputs], found)
     rows = [grad(output, inputs, row, retain_graph=True) for row in cotangents]
     return [torch.stack(column) for column in zip(*rows, strict=True)]
 

@@ -174,7 +174,7 @@ class CountedSteps:
         """F at the last iterate, and its gradient in x through all steps."""
         self._counts["upper_grad"] += 1
         self._counts["hvp"] += 2 * self._steps
-        return self._descent.value_and_grad(self._upper)
+        return self._descent.value_and_total_grad(self._upper)
 
 
 class CountedMap:

@@ -93,8 +93,6 @@ class BilevelProblem:
     programs: Programs = field(default_factory=Programs, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.unravel is not None:
-            return  # made of a problem that was checked, anew for each step
         for name in ("upper", "lower", *CONSTRAINTS, "domain"):
             part = getattr(self, name)
             if not (callable(part) or (part is None and name not in ("upper", "lower"))):
@@ -102,7 +100,7 @@ class BilevelProblem:
                     f"`BilevelProblem({name}=...)` must be callable. Got {type(part).__name__}. "
                     f"Pass a function {'of x' if name == 'domain' else 'of (x, y, data)'}."
                 )
-            if part is not None:
+            if part is not None and self.unravel is None:
                 _check_arguments(name, part)
         check_kind("BilevelProblem(per_sample=...)", self.per_sample, bool, "Pass True or False.")
 

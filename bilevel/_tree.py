@@ -19,8 +19,9 @@ from bilevel._types import Tree
 
 linalg: Any = torch.linalg  # its stubs are untyped
 kernels: Any = torch  # for lists of tensors, which its stubs leave out
-# The dtypes of vectors, and the sums of squares from which on they keep their digits in them.
-_WIDE = {torch.float32: 1e-30, torch.float64: 1e-290}
+_WIDE = (torch.float32, torch.float64)  # the dtypes of vectors
+# From which sums of squares on these keep their digits.
+_LEAST_SQUARE = {torch.float32: 1e-30, torch.float64: 1e-290}
 
 
 def leaves(tree: Tree) -> list[Tensor]:
@@ -120,13 +121,11 @@ def norms(*trees: Tree) -> list[Tensor]:
 def length(tree: Tree) -> float:
     """The Euclidean norm over all leaves, as a number, whose squares may under- or overflow in the dtype."""
     if isinstance(tree, Tensor) and tree.dim() == 1 and tree.dtype in _WIDE:
-        square, least = (
-            float(torch.dot(tree, tree)),
-            _WIDE[tree.dtype],
-        )  # half of the time of a norm
+        square = float(torch.dot(tree, tree))  # half of the time of a norm
+        least = _LEAST_SQUARE[tree.dtype]
     else:
         found = float(norm(tree))
-        square, least = found * found, _WIDE[torch.float32]
+        square, least = found * found, _LEAST_SQUARE[torch.float32]
     return math.sqrt(square) if least < square < math.inf else _scaled_length(leaves(tree))
 
 
@@ -155,8 +154,12 @@ def axpy(scale: float | Tensor, left: Tree, right: Tree) -> Tree:
 
 def stepped(point: Tree, direction: Tree, lr: float) -> Tree:
     """`point - lr * direction`, in one pass over each leaf."""
-    pairs = zip(leaves(point), leaves(direction), strict=True)
-    return unflatten_like(point, [torch.add(leaf, d, alpha=-lr) for leaf, d in pairs])
+    return unflatten_like(point, stepped_leaves(leaves(point), leaves(direction), lr))
+
+
+def stepped_leaves(point: Sequence[Tensor], direction: Sequence[Tensor], lr: float) -> list[Tensor]:
+    """The same from and to lists of leaves."""
+    return [torch.add(leaf, d, alpha=-lr) for leaf, d in zip(point, direction, strict=True)]
 
 
 def scale(factor: float | Tensor, tree: Tree) -> Tree:

@@ -77,10 +77,10 @@ def data_parallel(problem: BilevelProblem, group: ProcessGroup | None = None) ->
         >>> torch.distributed.destroy_process_group()
 
     Note:
-        Don't wrap the network in `DistributedDataParallel`: `torch.autograd.grad`, which this library calls, is
-        silently not synchronized by it. FSDP2 modules, and other `DTensor`s, are refused: a backward pass of FSDP2
-        with `create_graph=True` silently gives gradients that do not require grad, so that second derivatives
-        would be lost. x and y lie whole on each rank.
+        Don't wrap the network in `DistributedDataParallel`: it silently does not synchronize gradients that are
+        returned, as here and by `torch.autograd.grad`. FSDP2 modules, and other `DTensor`s, are refused: a backward
+        pass of FSDP2 with `create_graph=True` silently gives gradients that do not require grad, so that second
+        derivatives would be lost. x and y lie whole on each rank.
 
         All leaves of x and y take part in an objective then, so a leaf that it ignores has a gradient of zero.
     """

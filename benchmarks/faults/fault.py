@@ -15,7 +15,7 @@ class Lost(Broken):
     """Something that had been reached is gone."""
 
 
-class Skipped(Exception):  # noqa: N818
+class Skipped(Exception):  # noqa: N818  (no error)
     """The system does not let the fault be done."""
 
 

@@ -108,7 +108,7 @@ def table(about: str, work: Work, truth: Tensor, tolerance: float, rules: Rules)
     return f"{about}, relative error at most {tolerance:.0e}\n\n{rows(results, extra, columns)}"
 
 
-def recommended(work: Work, rtol: float, *, compile: bool = False) -> bl.Implicit:  # noqa: A002
+def recommended(work: Work, rtol: float, *, compile: bool = False) -> bl.Implicit:  # noqa: A002  # as of `recommend`
     """The estimator of the solver that `recommend` picks for a hypergradient that is to be so exact."""
     method = bl.recommend(work.problem, work.x, work.start, rtol=rtol, compile=compile).method
     if not isinstance(method, bl.HypergradientDescent):

@@ -41,7 +41,7 @@ class Tape:
         """Take the next one."""
         before = self._y
         if self._taken == 0:
-            self.first = self._first()
+            self.first = self._take_first()
         elif self._taken < self._others:
             self._y, _ = self._plain(before)
         else:
@@ -79,7 +79,7 @@ class Tape:
         self._back(self._iterates, self._every, self._others, adjoint)
         return of_x, cotangent
 
-    def _first(self) -> float:
+    def _take_first(self) -> float:
         """Take the first step, which is the measure of all; the length of the gradient of f that led it."""
         y = self._y
         if self._memory == 0:
