@@ -48,7 +48,7 @@ class Arguments:
         peers: environment with the other libraries, made by `make peers`.
     """
 
-    tasks: tuple[Literal[tuple(TASKS)], ...] = tuple(TASKS)  # type: ignore[valid-type]
+    tasks: tuple[Literal[tuple(TASKS)], ...] = tuple(TASKS)
     repeats: int = 7
     peers: Path = Path(".venv-peers")
 

@@ -54,7 +54,7 @@ class Arguments:
         threads: of the CPU.
     """
 
-    preset: Literal[tuple(PRESETS)] = "small"  # type: ignore[valid-type]
+    preset: Literal[tuple(PRESETS)] = "small"
     patch: int = 64
     batch: int = 4
     lower_batch: int = 4

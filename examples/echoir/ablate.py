@@ -58,7 +58,7 @@ class Arguments:
     steps: int | None = None
     minutes: float | None = None
     seeds: int = 3
-    method: Literal[tuple(METHODS)] = "asblo"  # type: ignore[valid-type]
+    method: Literal[tuple(METHODS)] = "asblo"
     output: Path = Path("runs/echoir-ablations")
     train: Training = field(default_factory=Training)
 

@@ -99,7 +99,7 @@ class Arguments:
     jpeg: float = 0.0
     data: Path | None = None
     output: Path = Path("runs/echoir")
-    preset: Literal[tuple(PRESETS)] = "cpu"  # type: ignore[valid-type]
+    preset: Literal[tuple(PRESETS)] = "cpu"
     init: Path | None = None
     lower: Lower = "restoration"
     alpha: float = 0.1
